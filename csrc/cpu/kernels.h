@@ -1,0 +1,106 @@
+// The contract of the CPU kernels: argument structs and one table of function pointers per instruction set.
+//
+// Matrices are row-major with unit stride in the last dimension; `ld` is the distance of two rows in elements.
+// Accumulation is fp32 whatever the storage type. Kernels trust their caller: shapes, dtypes and pointers are
+// checked in Python.
+#pragma once
+#include <cstdint>
+
+namespace fusetune {
+
+enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+struct Matrix {
+  const void* data;
+  int64_t ld;
+  Dtype dtype;
+};
+
+struct MutMatrix {
+  void* data;
+  int64_t ld;
+  Dtype dtype;
+};
+
+// A 4-bit weight [rows, cols] in bitsandbytes' layout: two codes a byte, the earlier one in the high nibble,
+// blocks of `blocksize` consecutive elements of the flattened weight sharing one absmax.
+// Plain: `absmax` fp32. Nested: absmax = nested_code[absmax_q[i]] * nested_absmax[i / nested_blocksize] + offset.
+struct Weight4bit {
+  const uint8_t* packed;
+  const float* code;  // 16 values
+  const float* absmax;
+  const uint8_t* absmax_q;
+  const float* nested_code;  // 256 values
+  const float* nested_absmax;
+  float nested_offset;
+  int64_t nested_blocksize;
+  int64_t blocksize;
+  int64_t rows, cols;
+};
+
+// Either a 4-bit weight (`quantized` not null) or a dense one.
+struct Weight {
+  const Weight4bit* quantized;
+  Matrix dense;
+};
+
+// Low-rank tail of a matmul: out += scale * left . right. rank 0: none.
+// Forward: left = s [M, r], right = lora_B^T given as lora_B [N, r]. dX: left = ds [M, r], right = lora_A [r, K].
+struct LowRank {
+  const float* left;
+  const float* right;
+  int64_t rank;
+  float scale;
+};
+
+// Inverted dropout by counter: element (row, col) of a [M, K] matrix is kept when
+// philox(seed, row * K + col) >= threshold, and then multiplied by `scale`. threshold 0: no dropout.
+// The exact generator is defined in pylib/reference/dropout.py.
+struct Dropout {
+  uint64_t seed;
+  uint32_t threshold;
+  float scale;
+};
+
+struct Kernels {
+  const char* isa;
+  int lanes;  // fp32 lanes of a vector
+
+  // packed [n/2 rounded up], absmax [blocks]; code and boundaries follow quant_type (0 nf4, 1 fp4).
+  void (*quantize_4bit)(const void* x, Dtype dtype, int64_t n, int quant_type, int64_t blocksize, uint8_t* packed,
+                        float* absmax);
+  void (*dequantize_4bit)(const Weight4bit& w, void* out, Dtype dtype);
+
+  // y [M, rows] = x [M, cols] . W^T (+ bias) (+ low-rank tail)
+  void (*linear)(const Matrix& x, int64_t m, int64_t n, int64_t k, const Weight& w, const float* bias,
+                 const LowRank& tail, const MutMatrix& y);
+  // dx [M, cols] = dy [M, rows] . W (+ mask * low-rank tail)
+  void (*linear_dx)(const Matrix& dy, int64_t m, int64_t n, int64_t k, const Weight& w, const LowRank& tail,
+                    const Dropout& dropout, const MutMatrix& dx);
+  // Opt-in decode path, m <= 8: activations in int16 per block of 64. Returns false where it does not apply.
+  bool (*linear_4bit_int16)(const Matrix& x, int64_t m, int64_t n, int64_t k, const Weight4bit& w,
+                            const float* bias, const LowRank& tail, const MutMatrix& y);
+
+  // s [M, r] = drop(x [M, K]) . lora_A [r, K]^T
+  void (*lora_shrink)(const Matrix& x, int64_t m, int64_t k, const float* lora_A, int64_t rank, const Dropout& dropout,
+                      float* s);
+  // ds [M, r] = scale * dy [M, N] . lora_B [N, r]; dB [N, r] = scale * dy^T . s; both from one read of dy.
+  void (*lora_ds_db)(const Matrix& dy, int64_t m, int64_t n, const float* lora_B, const float* s, int64_t rank,
+                     float scale, float* ds, float* dB);
+  // dA [r, K] = ds [M, r]^T . drop(x [M, K])
+  void (*lora_da)(const Matrix& x, int64_t m, int64_t k, const float* ds, int64_t rank, const Dropout& dropout,
+                  float* dA);
+  // out [M, K] = x [M, K] with the dropout of `dropout` applied (for tests).
+  void (*dropout)(const Matrix& x, int64_t m, int64_t k, const Dropout& dropout, const MutMatrix& out);
+};
+
+// The table in use: the best this CPU has, or what FUSETUNE_CPU_ISA names.
+const Kernels& kernels();
+// Tables this build and this CPU can run, best first, ended by null.
+const Kernels* const* available_kernels();
+// Why an instruction set is not available here ("not built", "not on this CPU"), or null.
+const char* isa_unavailable_reason(const char* isa);
+// Forces an instruction set by name; false where it is not available. "auto" takes the best.
+bool set_isa(const char* isa);
+
+}  // namespace fusetune

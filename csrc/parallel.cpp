@@ -1,0 +1,65 @@
+#include "parallel.h"
+
+#include <dlfcn.h>
+
+namespace fusetune {
+namespace {
+
+using RangeFn = void (*)(int64_t, int64_t, void*);
+using TorchParallelFor = int32_t (*)(int64_t, int64_t, int64_t, RangeFn, void*);
+using TorchNumThreads = int32_t (*)(uint32_t*);
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+TorchParallelFor torch_parallel_for = nullptr;
+TorchNumThreads torch_get_num_threads = nullptr;
+GompParallel gomp_parallel = nullptr;
+int gomp_threads = 1;
+std::atomic<int> region_threads{0};
+
+struct Call {
+  void (*worker)(void*);
+  void* ctx;
+};
+
+void enter(void* p) {
+  region_threads.fetch_add(1, std::memory_order_relaxed);
+  auto* call = static_cast<Call*>(p);
+  call->worker(call->ctx);
+}
+
+}  // namespace
+
+void set_torch_pool(uintptr_t parallel_for, uintptr_t get_num_threads) {
+  torch_parallel_for = reinterpret_cast<TorchParallelFor>(parallel_for);
+  torch_get_num_threads = reinterpret_cast<TorchNumThreads>(get_num_threads);
+  if (!parallel_for) gomp_parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+}
+
+void set_gomp_threads(int n) { gomp_threads = n; }
+
+const char* pool_name() { return torch_parallel_for ? "torch" : gomp_parallel ? "gomp" : "serial"; }
+
+int num_threads() {
+  if (torch_parallel_for) {
+    uint32_t n = 1;
+    return torch_get_num_threads(&n) == 0 ? static_cast<int>(n) : 1;
+  }
+  return gomp_parallel ? gomp_threads : 1;
+}
+
+int last_region_threads() { return region_threads.load(); }
+
+void run_workers(void (*worker)(void*), void* ctx) {
+  const int n = num_threads();
+  region_threads.store(0);
+  Call call{worker, ctx};
+  if (n > 1 && torch_parallel_for) {
+    torch_parallel_for(0, n, 1, [](int64_t, int64_t, void* p) { enter(p); }, &call);
+  } else if (n > 1 && gomp_parallel) {
+    gomp_parallel(enter, &call, static_cast<unsigned>(n), 0);
+  } else {
+    enter(&call);
+  }
+}
+
+}  // namespace fusetune
