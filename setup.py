@@ -2,17 +2,22 @@
 
 Python packages are mapped from their folders: pylib -> fusetune, kernels/triton -> fusetune._triton.
 (`kernels/` itself is not a package: it would shadow Hugging Face's `kernels`.)
+
+Environment: CXX the compiler; MAX_JOBS compilers at once (default: all cores); FUSETUNE_CXXFLAGS and
+FUSETUNE_LDFLAGS more flags; FUSETUNE_TARGET_MACHINE (x86_64, aarch64) for a cross compiler.
 """
 
 import os
 import platform
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 
 # Compiler flags of each instruction set; a kernel file in csrc/cpu is compiled once for each.
 X86_ISAS = {
@@ -21,57 +26,84 @@ X86_ISAS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
 ARM_ISAS = {"scalar": [], "neon": []}
+MACHINE = os.environ.get("FUSETUNE_TARGET_MACHINE", platform.machine())
 ISAS = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM_ISAS}.get(
-    os.environ.get("FUSETUNE_TARGET_MACHINE", platform.machine()), {"scalar": []}
+    MACHINE, {"scalar": []}
 )
 # Files of csrc/cpu that do not depend on the instruction set.
 ONCE = {"dispatch.cpp"}
+# -ffp-contract=off: results that must equal another implementation's bit for bit may not depend on
+# where the compiler saw a chance for an FMA; kernels ask for one where they want it.
+CXXFLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+
+def compile_jobs():
+    """(source, directory for the object, flags) of every object file."""
+    has = [f"-DFUSETUNE_HAS_{isa.upper()}" for isa in ISAS]
+    jobs = []
+    for source in [*sorted(CSRC.glob("*.cpp")), *sorted((CSRC / "cpu").glob("*.cpp"))]:
+        if source.parent == CSRC or source.name in ONCE:
+            jobs.append((source, "common", has))
+            continue
+        for isa, flags in ISAS.items():
+            define = [f"-DFUSETUNE_ISA={isa}", f"-DFUSETUNE_ISA_{isa.upper()}=1"]
+            jobs.append((source, isa, [*define, *flags]))
+    return jobs
+
+
+def is_current(obj, command):
+    """Whether an object is newer than all it was made from, and was made by this command."""
+    deps = obj.with_suffix(".d")
+    stamp = obj.with_suffix(".command")
+    if not (obj.exists() and deps.exists() and stamp.exists()) or stamp.read_text() != command:
+        return False
+    made_from = deps.read_text().replace("\\\n", " ").split(":", 1)[1]
+    try:
+        newest = max(os.stat(ROOT / path).st_mtime_ns for path in shlex.split(made_from))
+    except FileNotFoundError:
+        return False
+    return newest <= obj.stat().st_mtime_ns
 
 
 class BuildExt(build_ext):
-    """Compiles csrc/cpu/*.cpp per instruction set, in parallel, and links one module."""
+    """Compiles csrc per instruction set, in parallel, only what changed, and links one module."""
 
     def build_extension(self, ext):
         import pybind11
 
-        includes = [str(ROOT / "csrc"), pybind11.get_include()]
-        common = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
-        common += os.environ.get("FUSETUNE_CXXFLAGS", "").split()
-        has = "".join(f" -DFUSETUNE_HAS_{isa.upper()}" for isa in ISAS).split()
-        jobs = [(path, [], "") for path in sorted((ROOT / "csrc").glob("*.cpp"))]
-        for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-            if path.name in ONCE:
-                jobs.append((path, [], ""))
-                continue
-            jobs += [(path, flags, isa) for isa, flags in ISAS.items()]
+        # Paths relative to the project keep the objects independent of where it lies.
+        os.chdir(ROOT)
+        flags = [*CXXFLAGS, *os.environ.get("FUSETUNE_CXXFLAGS", "").split()]
+        includes = [*self.compiler.include_dirs, "csrc", pybind11.get_include()]
 
         def compile_one(job):
-            path, flags, isa = job
-            macros = [("FUSETUNE_ISA", isa), (f"FUSETUNE_ISA_{isa.upper()}", "1")] if isa else []
-            return self.compiler.compile(
-                [str(path.relative_to(ROOT))],
-                output_dir=str(Path(self.build_temp) / (isa or "common")),
-                macros=macros,
-                include_dirs=includes + self.compiler.include_dirs,
-                extra_postargs=common + has + flags,
-                depends=[str(h) for h in (ROOT / "csrc").rglob("*.h")],
+            source, directory, own_flags = job
+            source = str(source.relative_to(ROOT))
+            output_dir = str(Path(self.build_temp) / directory)
+            (name,) = self.compiler.object_filenames([source], output_dir=output_dir)
+            obj = Path(name)
+            all_flags = [*flags, *own_flags]
+            command = " ".join([*self.compiler.compiler_so, *includes, *all_flags])
+            if not self.force and is_current(obj, command):
+                return name
+            self.compiler.compile(
+                [source],
+                output_dir=output_dir,
+                include_dirs=includes,
+                extra_postargs=[*all_flags, "-MMD", "-MF", str(obj.with_suffix(".d"))],
             )
+            obj.with_suffix(".command").write_text(command)
+            return name
 
-        os.chdir(ROOT)
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            objects = [o for result in pool.map(compile_one, jobs) for o in result]
+        workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(workers) as pool:
+            objects = list(pool.map(compile_one, compile_jobs()))
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
             extra_postargs=["-ldl", *os.environ.get("FUSETUNE_LDFLAGS", "").split()],
             target_lang="c++",
         )
-
-
-def extension():
-    from setuptools import Extension
-
-    return Extension("fusetune._C", ["csrc/bindings.cpp"], language="c++")
 
 
 setup(
@@ -82,6 +114,6 @@ setup(
         "fusetune._triton",
     ],
     package_data={"fusetune": ["py.typed"]},
-    ext_modules=[extension()],
+    ext_modules=[Extension("fusetune._C", ["csrc/bindings.cpp"], language="c++")],
     cmdclass={"build_ext": BuildExt},
 )

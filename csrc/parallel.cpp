@@ -8,12 +8,13 @@ namespace {
 using RangeFn = void (*)(int64_t, int64_t, void*);
 using TorchParallelFor = int32_t (*)(int64_t, int64_t, int64_t, RangeFn, void*);
 using TorchNumThreads = int32_t (*)(uint32_t*);
+using AtNumThreads = int (*)();
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 TorchParallelFor torch_parallel_for = nullptr;
 TorchNumThreads torch_get_num_threads = nullptr;
 GompParallel gomp_parallel = nullptr;
-int gomp_threads = 1;
+AtNumThreads at_get_num_threads = nullptr;
 std::atomic<int> region_threads{0};
 
 struct Call {
@@ -32,10 +33,12 @@ void enter(void* p) {
 void set_torch_pool(uintptr_t parallel_for, uintptr_t get_num_threads) {
   torch_parallel_for = reinterpret_cast<TorchParallelFor>(parallel_for);
   torch_get_num_threads = reinterpret_cast<TorchNumThreads>(get_num_threads);
-  if (!parallel_for) gomp_parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
 }
 
-void set_gomp_threads(int n) { gomp_threads = n; }
+void set_gomp_pool(uintptr_t get_num_threads) {
+  at_get_num_threads = reinterpret_cast<AtNumThreads>(get_num_threads);
+  gomp_parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+}
 
 const char* pool_name() { return torch_parallel_for ? "torch" : gomp_parallel ? "gomp" : "serial"; }
 
@@ -44,7 +47,7 @@ int num_threads() {
     uint32_t n = 1;
     return torch_get_num_threads(&n) == 0 ? static_cast<int>(n) : 1;
   }
-  return gomp_parallel ? gomp_threads : 1;
+  return gomp_parallel ? at_get_num_threads() : 1;
 }
 
 int last_region_threads() { return region_threads.load(); }

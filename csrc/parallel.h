@@ -19,8 +19,8 @@ int last_region_threads();
 const char* pool_name();
 // Addresses of torch_parallel_for and torch_get_num_threads, 0 where this torch has none.
 void set_torch_pool(uintptr_t parallel_for, uintptr_t get_num_threads);
-// For torch without the shim: the thread count to use with GOMP_parallel.
-void set_gomp_threads(int n);
+// For torch without them: the address of at::get_num_threads; regions then go through GOMP_parallel.
+void set_gomp_pool(uintptr_t get_num_threads);
 
 // Calls f(chunk) for every chunk in [0, chunks), handed out one by one so that a descheduled core costs one
 // chunk and not its whole share.

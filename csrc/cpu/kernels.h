@@ -92,13 +92,16 @@ struct Kernels {
                   float* dA);
   // out [M, K] = x [M, K] with the dropout of `dropout` applied (for tests).
   void (*dropout)(const Matrix& x, int64_t m, int64_t k, const Dropout& dropout, const MutMatrix& out);
+  // fp32 FMA peak of all threads together in flop/s, measured for about `seconds`: what benchmarks divide by.
+  double (*fma_peak)(double seconds);
 };
 
-// The table in use: the best this CPU has, or what FUSETUNE_CPU_ISA names.
+// The table in use: the best this CPU has, or what FUSETUNE_CPU_ISA names. Throws std::invalid_argument where
+// that variable names something that is not available here.
 const Kernels& kernels();
 // Tables this build and this CPU can run, best first, ended by null.
 const Kernels* const* available_kernels();
-// Why an instruction set is not available here ("not built", "not on this CPU"), or null.
+// Why an instruction set is not available here (unknown, not built, not on this CPU), or null.
 const char* isa_unavailable_reason(const char* isa);
 // Forces an instruction set by name; false where it is not available. "auto" takes the best.
 bool set_isa(const char* isa);

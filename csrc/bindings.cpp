@@ -1,0 +1,221 @@
+// fusetune._C: the kernels for Python. Tensors travel as addresses, so that this module needs neither torch's
+// headers nor its ABI; whoever calls has checked shapes, dtypes, devices and contiguity.
+//
+// Conventions (0 is a null pointer):
+//   Matrix  (address, row stride in elements, dtype) with dtype 0 float32, 1 float16, 2 bfloat16
+//   W4      (packed, code, absmax, absmax_q, nested_code, nested_absmax, nested_offset, nested_blocksize,
+//            blocksize, rows, cols)
+//   Dropout (seed, threshold, scale) or None
+//   LowRank (left, right, rank, scale) or None
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "launchers.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+using namespace fusetune;
+
+namespace {
+
+using Address = uintptr_t;
+using MatrixArg = std::tuple<Address, int64_t, int>;
+using Weight4bitArg = std::tuple<Address, Address, Address, Address, Address, Address, float, int64_t, int64_t,
+                                 int64_t, int64_t>;
+using DropoutArg = std::optional<std::tuple<uint64_t, uint32_t, float>>;
+using LowRankArg = std::optional<std::tuple<Address, Address, int64_t, float>>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Dtype dtype(int code) {
+  if (code < 0 || code > 2) throw std::invalid_argument("dtype code must be 0, 1 or 2, got " + std::to_string(code));
+  return static_cast<Dtype>(code);
+}
+
+Matrix matrix(const MatrixArg& m) { return {pointer<void>(std::get<0>(m)), std::get<1>(m), dtype(std::get<2>(m))}; }
+
+MutMatrix mut_matrix(const MatrixArg& m) {
+  return {pointer<void>(std::get<0>(m)), std::get<1>(m), dtype(std::get<2>(m))};
+}
+
+Weight4bit weight_4bit(const Weight4bitArg& arg) {
+  const auto& [packed, code, absmax, absmax_q, nested_code, nested_absmax, offset, nested_blocksize, blocksize, rows,
+               cols] = arg;
+  return {pointer<uint8_t>(packed),   pointer<float>(code),          pointer<float>(absmax),
+          pointer<uint8_t>(absmax_q), pointer<float>(nested_code),   pointer<float>(nested_absmax),
+          offset,                     nested_blocksize,              blocksize,
+          rows,                       cols};
+}
+
+Dropout dropout_of(const DropoutArg& arg) {
+  if (!arg) return {0, 0, 1.0f};
+  return {std::get<0>(*arg), std::get<1>(*arg), std::get<2>(*arg)};
+}
+
+LowRank low_rank(const LowRankArg& arg) {
+  if (!arg) return {nullptr, nullptr, 0, 0.0f};
+  const auto& [left, right, rank, scale] = *arg;
+  return {pointer<float>(left), pointer<float>(right), rank, scale};
+}
+
+// The kernel, or a clear error where this instruction set's table has none.
+template <class F>
+F built(F kernel, const char* name) {
+  if (!kernel) throw std::runtime_error(std::string(name) + " is not built for " + kernels().isa);
+  return kernel;
+}
+
+using DenseArg = std::optional<MatrixArg>;
+
+// Calls f with the weight that exactly one of the two arguments gives.
+template <class F>
+void with_weight(const std::optional<Weight4bitArg>& w4, const DenseArg& dense, const F& f) {
+  if (w4.has_value() == dense.has_value()) throw std::invalid_argument("give either a 4-bit or a dense weight");
+  const Weight4bit quantized = w4 ? weight_4bit(*w4) : Weight4bit{};
+  const Weight w = w4 ? Weight{&quantized, {}} : Weight{nullptr, matrix(*dense)};
+  py::gil_scoped_release no_gil;
+  f(w);
+}
+
+bool has(const std::string& name) {
+  const Kernels& k = kernels();
+  if (name == "quantize_4bit") return k.quantize_4bit;
+  if (name == "dequantize_4bit") return k.dequantize_4bit;
+  if (name == "linear") return k.linear;
+  if (name == "linear_dx") return k.linear_dx;
+  if (name == "linear_4bit_int16") return k.linear_4bit_int16;
+  if (name == "lora_shrink") return k.lora_shrink;
+  if (name == "lora_ds_db") return k.lora_ds_db;
+  if (name == "lora_da") return k.lora_da;
+  if (name == "dropout") return k.dropout;
+  if (name == "fma_peak") return k.fma_peak;
+  throw std::invalid_argument("no kernel is called " + name);
+}
+
+void bind_runtime(py::module_& m) {
+  m.attr("has_cuda") = kHasCuda;
+  m.def("isa", [] { return kernels().isa; }, "Name of the instruction set in use.");
+  m.def("lanes", [] { return kernels().lanes; }, "float32 lanes of its vectors.");
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* const* k = available_kernels(); *k; ++k) names.emplace_back((*k)->isa);
+    return names;
+  });
+  m.def("isa_unavailable_reason", [](const std::string& isa) -> std::optional<std::string> {
+    const char* reason = isa_unavailable_reason(isa.c_str());
+    return reason ? std::optional<std::string>(reason) : std::nullopt;
+  });
+  m.def("set_isa", [](const std::string& isa) { return set_isa(isa.c_str()); },
+        "Forces an instruction set ('auto': the best); False where it is not available.");
+  m.def("has", &has, "Whether the instruction set in use has this kernel.");
+  m.def("set_torch_pool", &set_torch_pool, py::arg("parallel_for"), py::arg("get_num_threads"));
+  m.def("set_gomp_pool", &set_gomp_pool, py::arg("get_num_threads"));
+  m.def("pool_name", &pool_name);
+  m.def("num_threads", &num_threads);
+  m.def("last_region_threads", &last_region_threads);
+  m.def("fma_peak", [](double seconds) {
+    const auto run = built(kernels().fma_peak, "fma_peak");
+    py::gil_scoped_release no_gil;
+    return run(seconds);
+  }, "float32 FMA peak of all threads in flop/s, measured for about `seconds`.");
+}
+
+void bind_4bit(py::module_& m) {
+  m.def("quantize_4bit",
+        [](Address x, int x_dtype, int64_t n, int quant_type, int64_t blocksize, Address packed, Address absmax) {
+          const auto run = built(kernels().quantize_4bit, "quantize_4bit");
+          const Dtype type = dtype(x_dtype);
+          py::gil_scoped_release no_gil;
+          run(pointer<void>(x), type, n, quant_type, blocksize, pointer<uint8_t>(packed), pointer<float>(absmax));
+        });
+  m.def("dequantize_4bit", [](const Weight4bitArg& w, Address out, int out_dtype) {
+    const auto run = built(kernels().dequantize_4bit, "dequantize_4bit");
+    const Dtype type = dtype(out_dtype);
+    py::gil_scoped_release no_gil;
+    run(weight_4bit(w), pointer<void>(out), type);
+  });
+}
+
+void bind_linear(py::module_& m) {
+  m.def("linear",
+        [](const MatrixArg& x, int64_t rows, int64_t n, int64_t k, const std::optional<Weight4bitArg>& w4,
+           const DenseArg& dense, Address bias, const LowRankArg& tail, const MatrixArg& y) {
+          const auto run = built(kernels().linear, "linear");
+          const Matrix in = matrix(x);
+          const MutMatrix out = mut_matrix(y);
+          with_weight(w4, dense, [&](const Weight& w) {
+            run(in, rows, n, k, w, pointer<float>(bias), low_rank(tail), out);
+          });
+        });
+  m.def("linear_dx",
+        [](const MatrixArg& dy, int64_t rows, int64_t n, int64_t k, const std::optional<Weight4bitArg>& w4,
+           const DenseArg& dense, const LowRankArg& tail, const DropoutArg& drop, const MatrixArg& dx) {
+          const auto run = built(kernels().linear_dx, "linear_dx");
+          const Matrix in = matrix(dy);
+          const MutMatrix out = mut_matrix(dx);
+          with_weight(w4, dense, [&](const Weight& w) {
+            run(in, rows, n, k, w, low_rank(tail), dropout_of(drop), out);
+          });
+        });
+  m.def("linear_4bit_int16",
+        [](const MatrixArg& x, int64_t rows, int64_t n, int64_t k, const Weight4bitArg& w4, Address bias,
+           const LowRankArg& tail, const MatrixArg& y) {
+          const auto run = built(kernels().linear_4bit_int16, "linear_4bit_int16");
+          const Matrix in = matrix(x);
+          const MutMatrix out = mut_matrix(y);
+          const Weight4bit w = weight_4bit(w4);
+          py::gil_scoped_release no_gil;
+          return run(in, rows, n, k, w, pointer<float>(bias), low_rank(tail), out);
+        });
+}
+
+void bind_lora(py::module_& m) {
+  m.def("lora_shrink", [](const MatrixArg& x, int64_t rows, int64_t k, Address lora_A, int64_t rank,
+                          const DropoutArg& drop, Address s) {
+    const auto run = built(kernels().lora_shrink, "lora_shrink");
+    const Matrix in = matrix(x);
+    py::gil_scoped_release no_gil;
+    run(in, rows, k, pointer<float>(lora_A), rank, dropout_of(drop), pointer<float>(s));
+  });
+  m.def("lora_ds_db", [](const MatrixArg& dy, int64_t rows, int64_t n, Address lora_B, Address s, int64_t rank,
+                         float scale, Address ds, Address dB) {
+    const auto run = built(kernels().lora_ds_db, "lora_ds_db");
+    const Matrix in = matrix(dy);
+    py::gil_scoped_release no_gil;
+    run(in, rows, n, pointer<float>(lora_B), pointer<float>(s), rank, scale, pointer<float>(ds), pointer<float>(dB));
+  });
+  m.def("lora_da", [](const MatrixArg& x, int64_t rows, int64_t k, Address ds, int64_t rank, const DropoutArg& drop,
+                      Address dA) {
+    const auto run = built(kernels().lora_da, "lora_da");
+    const Matrix in = matrix(x);
+    py::gil_scoped_release no_gil;
+    run(in, rows, k, pointer<float>(ds), rank, dropout_of(drop), pointer<float>(dA));
+  });
+  m.def("dropout", [](const MatrixArg& x, int64_t rows, int64_t k, const DropoutArg& drop, const MatrixArg& out) {
+    const auto run = built(kernels().dropout, "dropout");
+    const Matrix in = matrix(x);
+    const MutMatrix to = mut_matrix(out);
+    py::gil_scoped_release no_gil;
+    run(in, rows, k, dropout_of(drop), to);
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of fusetune; conventions at the head of csrc/bindings.cpp.";
+  bind_runtime(m);
+  bind_4bit(m);
+  bind_linear(m);
+  bind_lora(m);
+}

@@ -1,0 +1,31 @@
+// What the kernel files of csrc/cpu define once per instruction set: each is compiled with FUSETUNE_ISA set to
+// scalar, avx2, avx512 or neon and puts its functions into the namespace of that name.
+//
+// Everything a kernel file defines must be in that namespace or static, and it must not instantiate templates of
+// the standard library that end up as shared symbols (std::vector's methods): the linker keeps one copy of those,
+// perhaps the one compiled for an instruction set that this CPU lacks.
+#pragma once
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace fusetune::FUSETUNE_ISA {
+
+extern const Kernels table;
+
+// Declares functions with the types that the table has.
+template <class Pointer>
+using Function = std::remove_pointer_t<Pointer>;
+
+Function<decltype(Kernels::quantize_4bit)> quantize_4bit;
+Function<decltype(Kernels::dequantize_4bit)> dequantize_4bit;
+Function<decltype(Kernels::linear)> linear;
+Function<decltype(Kernels::linear_dx)> linear_dx;
+Function<decltype(Kernels::linear_4bit_int16)> linear_4bit_int16;
+Function<decltype(Kernels::lora_shrink)> lora_shrink;
+Function<decltype(Kernels::lora_ds_db)> lora_ds_db;
+Function<decltype(Kernels::lora_da)> lora_da;
+Function<decltype(Kernels::dropout)> dropout;
+Function<decltype(Kernels::fma_peak)> fma_peak;
+
+}  // namespace fusetune::FUSETUNE_ISA

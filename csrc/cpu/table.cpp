@@ -1,0 +1,34 @@
+// Gathers one instruction set's kernels into its table. A null entry is a kernel that is not built for it.
+#include "isa_kernels.h"
+
+#define FUSETUNE_STRING_(x) #x
+#define FUSETUNE_STRING(x) FUSETUNE_STRING_(x)
+
+namespace fusetune::FUSETUNE_ISA {
+
+#if defined(FUSETUNE_ISA_AVX512)
+constexpr int kTableLanes = 16;
+#elif defined(FUSETUNE_ISA_AVX2)
+constexpr int kTableLanes = 8;
+#elif defined(FUSETUNE_ISA_NEON)
+constexpr int kTableLanes = 4;
+#else
+constexpr int kTableLanes = 1;
+#endif
+
+const Kernels table = {
+    /*isa=*/FUSETUNE_STRING(FUSETUNE_ISA),
+    /*lanes=*/kTableLanes,
+    /*quantize_4bit=*/nullptr,
+    /*dequantize_4bit=*/nullptr,
+    /*linear=*/nullptr,
+    /*linear_dx=*/nullptr,
+    /*linear_4bit_int16=*/nullptr,
+    /*lora_shrink=*/nullptr,
+    /*lora_ds_db=*/nullptr,
+    /*lora_da=*/nullptr,
+    /*dropout=*/nullptr,
+    /*fma_peak=*/nullptr,
+};
+
+}  // namespace fusetune::FUSETUNE_ISA
