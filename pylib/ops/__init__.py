@@ -1,0 +1,37 @@
+"""The operations: differentiable functions over tensors and `QuantizedWeight`s.
+
+Each runs on the best backend its arguments allow, is a `torch.library` op for torch.compile and
+export, and has its definition in `fusetune.reference`.
+"""
+
+from fusetune.ops._cpu import set_isa
+from fusetune.ops._registry import (
+    OPS,
+    Case,
+    backend,
+    decode_int16,
+    set_backend,
+    set_decode_int16,
+    use_backend,
+)
+from fusetune.ops.cross_entropy import cross_entropy
+from fusetune.ops.dequantize_4bit import dequantize_4bit
+from fusetune.ops.linear_4bit import linear_4bit
+from fusetune.ops.lora_linear import lora_linear
+from fusetune.ops.quantize_4bit import quantize_4bit
+
+__all__ = [
+    "OPS",
+    "Case",
+    "backend",
+    "cross_entropy",
+    "decode_int16",
+    "dequantize_4bit",
+    "linear_4bit",
+    "lora_linear",
+    "quantize_4bit",
+    "set_backend",
+    "set_decode_int16",
+    "set_isa",
+    "use_backend",
+]

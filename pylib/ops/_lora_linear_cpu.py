@@ -1,0 +1,131 @@
+"""lora_linear on the native CPU kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from fusetune.ops import _cpu
+from fusetune.ops._registry import Impl
+from fusetune.ops._weight import Weight
+
+Tensor = torch.Tensor
+
+# Up to this many rows our kernel beats torch on a dense weight, which MKL repacks on every call.
+_FEW_ROWS = 32
+
+
+def _torch_multiplies(rows: Tensor, weight: Weight) -> bool:
+    """Whether the dense base matmul is left to torch: many rows, and one dtype it is fast in."""
+    return (
+        isinstance(weight, Tensor)
+        and rows.shape[0] > _FEW_ROWS
+        and rows.dtype == weight.dtype
+        and (rows.dtype == torch.float32 or _native_16_bit(rows.dtype))
+    )
+
+
+def _native_16_bit(dtype: torch.dtype) -> bool:
+    """Whether torch has fast matmuls in a 16-bit dtype on this CPU."""
+    return dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+
+
+def _sum_biases(bias: Tensor | None, lora_bias: Tensor | None, scaling: float) -> Tensor | None:
+    """bias + scaling * lora_bias, fp32."""
+    if lora_bias is None:
+        return None if bias is None else _cpu.fp32(bias)
+    scaled = _cpu.fp32(lora_bias) * scaling
+    return scaled if bias is None else scaled + _cpu.fp32(bias)
+
+
+def _shrink(rows: Tensor, lora_A: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """s = drop(rows) lora_A^T, fp32 [M, r]."""
+    m, k = rows.shape
+    r = lora_A.shape[0]
+    s = torch.empty(m, r, dtype=torch.float32)
+    _cpu.kernels().lora_shrink(
+        _cpu.matrix(rows), m, k, lora_A.data_ptr(), r, _cpu.dropout(p, seed), s.data_ptr()
+    )
+    return s
+
+
+def _forward(
+    rows: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    lora_bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    int16: bool,
+) -> tuple[Tensor, Tensor]:
+    a, b = _cpu.fp32(lora_A), _cpu.fp32(lora_B)
+    s = _shrink(rows, a, dropout_p, seed)
+    both = _sum_biases(bias, lora_bias, scaling)
+    n, r = b.shape
+    if isinstance(weight, Tensor) and _torch_multiplies(rows, weight):
+        y = torch.nn.functional.linear(rows, weight, None if both is None else both.to(rows.dtype))
+        return y.addmm_(s.to(y.dtype), b.to(y.dtype).T, alpha=scaling), s
+    tail = (s.data_ptr(), b.data_ptr(), r, scaling)
+    return _cpu.linear(rows, weight, n, both, tail, int16), s
+
+
+def _backward(
+    dy: Tensor,
+    rows: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    a, b = _cpu.fp32(lora_A), _cpu.fp32(lora_B)
+    (m, n), k, r = dy.shape, rows.shape[1], a.shape[0]
+    c = _cpu.kernels()
+    dropout = _cpu.dropout(dropout_p, seed)
+    ds = torch.empty(m, r, dtype=torch.float32)
+    dB = torch.empty(n, r, dtype=torch.float32)
+    c.lora_ds_db(
+        _cpu.matrix(dy), m, n, b.data_ptr(), s.data_ptr(), r, scaling, ds.data_ptr(), dB.data_ptr()
+    )
+    dx = dA = None
+    if need_dA:
+        dA = torch.empty(r, k, dtype=torch.float32)
+        c.lora_da(_cpu.matrix(rows), m, k, ds.data_ptr(), r, dropout, dA.data_ptr())
+        dA = dA.to(lora_A.dtype)
+    if need_dx:
+        dx = _dx(dy, weight, ds, a, dropout)
+    return dx, dA, dB.to(lora_B.dtype) if need_dB else None
+
+
+def _dx(
+    dy: Tensor, weight: Weight, ds: Tensor, a: Tensor, dropout: tuple[int, int, float] | None
+) -> Tensor:
+    """dy W + drop'(ds lora_A), in dy's dtype."""
+    m, n = dy.shape
+    r, k = a.shape
+    if isinstance(weight, Tensor) and _torch_multiplies(dy, weight):
+        dx = dy @ weight
+        if dropout is None:
+            return dx.addmm_(ds.to(dx.dtype), a.to(dx.dtype))
+        tail = ds @ a
+        _cpu.kernels().dropout(_cpu.matrix(tail), m, k, dropout, _cpu.matrix(tail))
+        return dx.add_(tail)
+    dx = torch.empty(m, k, dtype=dy.dtype)
+    tail_arg = (ds.data_ptr(), a.data_ptr(), r, 1.0)
+    _cpu.kernels().linear_dx(
+        _cpu.matrix(dy), m, n, k, *_cpu.weight(weight), tail_arg, dropout, _cpu.matrix(dx)
+    )
+    return dx
+
+
+CPU_FORWARD = Impl("cpu", _forward, _cpu.supports("lora_shrink", "linear"), 10)
+CPU_BACKWARD = Impl(
+    "cpu", _backward, _cpu.supports("lora_ds_db", "lora_da", "linear_dx", "dropout"), 10
+)
