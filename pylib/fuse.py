@@ -1,0 +1,182 @@
+"""`fuse`, `unfuse` and `fused`: the fused forwards, in place and reversible.
+
+A layer is fused by swapping its class for a subclass that overrides `forward` only. The object, its
+parameters and every reference to it stay, so optimisers, state dicts and PEFT notice nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from fusetune.report import FuseReport, Row
+
+# Integrations that swap classes, and the libraries they need. A library that was never imported has
+# no model here, and importing these takes seconds.
+_LAYERS = {
+    "peft": ("peft",),
+    "bitsandbytes": ("bitsandbytes",),
+    "peft_bnb": ("peft", "bitsandbytes"),
+}
+
+
+def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
+    """Fuses what can be fused of a model, in place, and reports on every layer concerned.
+
+    Covers PEFT's LoRA on dense and on bitsandbytes' 4-bit linear layers, 4-bit layers without an
+    adapter, and, with `loss`, transformers' language-model losses. Call it once the adapters are in
+    place; another call covers what was added since and changes nothing else.
+
+    What a layer cannot do exactly runs its library's own code, and the report says why. Raises
+    TypeError where `model` is no module, and ValueError where a 4-bit weight is corrupt or a forced
+    backend (FUSETUNE_BACKEND) cannot run; the model is then as it was.
+    """
+    with _undone_on_error(model):
+        swaps = _swaps()
+        transformers = _transformers()
+        for module in model.modules():
+            target = swaps.get(type(module))
+            if target is not None and "forward" not in module.__dict__:
+                _set_class(module, target)
+            if loss and transformers is not None:
+                transformers.install(module)
+        return FuseReport(_rows(model), _looker(model))
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undoes `fuse`: every layer and loss is its library's again. Raises TypeError."""
+    _check(model)
+    fused_classes = set(_swaps().values())
+    transformers = _transformers()
+    for module in model.modules():
+        if type(module) in fused_classes:
+            _set_class(module, type(module).stock_class)
+        if transformers is not None:
+            transformers.restore(module)
+
+
+@contextmanager
+def fused(model: nn.Module, *, loss: bool = True) -> Iterator[FuseReport]:
+    """`fuse` for the length of a with block; what was fused before stays fused after it."""
+    restore = _snapshot(model)
+    try:
+        yield fuse(model, loss=loss)
+    finally:
+        restore()
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module) -> Iterator[None]:
+    restore = _snapshot(model)
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+def _snapshot(model: nn.Module) -> Callable[[], None]:
+    """A function that gives every module of the model the class and the loss it has now."""
+    _check(model)
+    transformers = _transformers()
+    classes = [(module, type(module)) for module in model.modules()]
+    with_loss = {
+        id(m) for m, _ in classes if transformers is not None and transformers.installed(m)
+    }
+
+    def restore() -> None:
+        for module, kind in classes:
+            if type(module) is not kind:
+                _set_class(module, kind)
+            if transformers is not None and id(module) not in with_loss:
+                transformers.restore(module)
+
+    return restore
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    # accelerate keeps the forward it wraps in the instance, bound to the class of that moment.
+    for name in ("forward", "_old_forward"):
+        if getattr(module.__dict__.get(name), "__func__", None) is type(module).forward:
+            module.__dict__[name] = types.MethodType(kind.forward, module)
+    for name in [key for key in module.__dict__ if key.startswith("_fusetune")]:
+        del module.__dict__[name]
+    module.__class__ = kind
+
+
+def _swaps() -> dict[type[nn.Module], type[Any]]:
+    """Stock class -> fused class, of the libraries in use."""
+    swaps: dict[type[nn.Module], type[Any]] = {}
+    for name, libraries in _LAYERS.items():
+        if all(library in sys.modules for library in libraries):
+            swaps.update(importlib.import_module(f"fusetune.integrations.{name}").SWAPS)
+    return swaps
+
+
+def _transformers() -> types.ModuleType | None:
+    if "transformers" not in sys.modules:
+        return None
+    return importlib.import_module("fusetune.integrations.transformers")
+
+
+def _looker(model: nn.Module) -> Callable[[], list[Row]]:
+    # A report must not keep a model alive.
+    reference = weakref.ref(model)
+
+    def look() -> list[Row]:
+        present = reference()
+        if present is None:
+            raise ValueError("the model of this report no longer exists")
+        return _rows(present)
+
+    return look
+
+
+def _rows(model: nn.Module) -> list[Row]:
+    fused_classes = set(_swaps().values())
+    rows = []
+    inside: set[nn.Module] = set()  # base layers, which the row of their LoRA layer covers
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        try:
+            row = _row(name, module, fused_classes)
+        except ValueError as error:
+            raise ValueError(f"{name or 'the model'}: {error}") from error
+        rows += [row] if row is not None else []
+        base = getattr(module, "base_layer", None)
+        if row is not None and isinstance(base, nn.Module):
+            inside.add(base)
+        transformers = _transformers()
+        if transformers is not None and transformers.installed(module):
+            rows.append(Row(name, transformers.METHOD, *transformers.fused_carrier(module)))
+    return rows
+
+
+def _row(name: str, module: nn.Module, fused_classes: set[type[Any]]) -> Row | None:
+    """The row of a module that fuse knows; None for any other."""
+    kind: Any = type(module)
+    if kind in fused_classes:
+        reason = module.fused_reason()
+        return Row(name, kind.method, module.fused_carrier()[0], reason)
+    fused_class = _swaps().get(kind)
+    if fused_class is not None:
+        own = "forward" in module.__dict__
+        reason = "it has a forward of its own" if own else "not fused: call fuse()"
+        return Row(name, fused_class.method, "-", reason)
+    if "peft" not in sys.modules:
+        return None
+    unsupported = importlib.import_module("fusetune.integrations.peft").unsupported(module)
+    return unsupported and Row(name, unsupported[0], "-", unsupported[1])

@@ -1,0 +1,158 @@
+"""Fused forward of PEFT's LoRA layers, by class swap.
+
+`FusedLinear` adds no state to `peft.tuners.lora.Linear` and overrides only `forward`: adapters,
+state dicts, merging and everything else stay PEFT's. Whatever it cannot do exactly runs PEFT's
+forward, and `fused_reason` says why.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from fusetune import ops
+from fusetune.integrations._guards import (
+    KERNEL_DTYPES,
+    call_reason,
+    carrier,
+    linear_reason,
+    module_reason,
+    no_kernel,
+)
+
+
+class Adapter(NamedTuple):
+    """What a fused forward needs of the one active adapter."""
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    lora_bias: torch.Tensor | None
+    scaling: float | torch.Tensor
+    dropout_p: float  # 0 in evaluation
+
+
+def active_adapter(layer: lora.LoraLayer) -> Adapter | str:
+    """The layer's one active adapter, or the reason why PEFT has to carry it out."""
+    if layer._disable_adapters:
+        return "adapters are disabled"
+    if layer.merged_adapters:
+        return "the adapter is merged"
+    # _modules[...]: nn.Module's own attribute lookup takes half a microsecond each.
+    modules = layer._modules
+    in_layer = modules["lora_A"]._modules
+    names = [name for name in layer.active_adapters if name in in_layer]
+    if len(names) != 1:
+        return f"{len(names)} active adapters" if names else "no active adapter"
+    name = names[0]
+    if name in layer.lora_variant:
+        return f"{type(layer.lora_variant[name]).__name__} is not fused"
+    lora_A, lora_B = in_layer[name], modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
+    dropout_kind = nn.Dropout if type(dropout) is nn.Dropout else nn.Identity
+    reason = (
+        linear_reason(lora_A, "lora_A")
+        or linear_reason(lora_B, "lora_B")
+        or module_reason(dropout, "lora_dropout", dropout_kind)
+    )
+    if reason is not None:
+        return reason
+    weight_A, weight_B = lora_A._parameters["weight"], lora_B._parameters["weight"]
+    if weight_A.dtype != weight_B.dtype or weight_A.dtype not in KERNEL_DTYPES:
+        return f"lora_A is {weight_A.dtype}, lora_B {weight_B.dtype}"
+    if lora_A._parameters.get("bias") is not None:
+        return "lora_A has a bias"
+    active = dropout_kind is nn.Dropout and dropout.training
+    return Adapter(
+        weight_A,
+        weight_B,
+        lora_B._parameters.get("bias"),
+        layer.scaling[name],
+        dropout.p if active else 0.0,
+    )
+
+
+class FusedLinear(lora.Linear):
+    """`lora.Linear` over a dense `nn.Linear`, in one fused op."""
+
+    stock_class = lora.Linear
+    method = "LoRA"
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x [..., K] -> [..., N], as `lora.Linear.forward`."""
+        if args or kwargs:  # adapter_names, alora_offsets
+            return super().forward(x, *args, **kwargs)
+        adapter = self._fused_adapter()
+        if isinstance(adapter, str) or call_reason(x) is not None:
+            return super().forward(x)
+        base = self._modules["base_layer"]
+        weight = base._parameters["weight"]
+        bias = base._parameters.get("bias")
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        # What F.linear would compute in, and so give back.
+        dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        castable = autocast and x.dtype in KERNEL_DTYPES
+        if (x.dtype != dtype and not castable) or not (
+            self.cast_input_dtype_enabled or x.dtype == adapter.lora_A.dtype
+        ):
+            return super().forward(x)
+        if no_kernel("lora_linear", device, dtype, weight.dtype):
+            return super().forward(x)
+        if not autocast:
+            return lora_linear(x, weight, bias, adapter)
+        with torch.autocast(device, enabled=False):
+            return lora_linear(x.to(dtype), weight, bias, adapter)
+
+    def _fused_adapter(self) -> Adapter | str:
+        base = self._modules["base_layer"]
+        reason = linear_reason(base, "base_layer")
+        if reason is not None:
+            return reason
+        if base._parameters["weight"].requires_grad:
+            return "the base weight is trained"
+        return active_adapter(self)
+
+    def fused_reason(self) -> str | None:
+        """Why the layer, in its present state, runs PEFT's forward; None where it is fused."""
+        adapter = self._fused_adapter()
+        if isinstance(adapter, str):
+            return adapter
+        return self.fused_carrier()[1]
+
+    def fused_carrier(self) -> tuple[str, str | None]:
+        """(backend, reason against it) for an input of the weight's dtype and device."""
+        weight = self.weight
+        return carrier("lora_linear", weight.device.type, weight.dtype, weight.dtype)
+
+
+def lora_linear(
+    x: torch.Tensor, weight: Any, bias: torch.Tensor | None, adapter: Adapter
+) -> torch.Tensor:
+    """`ops.lora_linear` with the arguments of an adapter."""
+    return ops.lora_linear(
+        x,
+        weight,
+        adapter.lora_A,
+        adapter.lora_B,
+        adapter.scaling,
+        bias=bias,
+        lora_bias=adapter.lora_bias,
+        dropout_p=adapter.dropout_p,
+    )
+
+
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: FusedLinear}
+
+
+def unsupported(module: nn.Module) -> tuple[str, str] | None:
+    """(method, reason) of a PEFT layer that has no fused class; None for any other module."""
+    if not isinstance(module, BaseTunerLayer):
+        return None
+    kind = type(module)
+    package = kind.__module__.removeprefix("peft.tuners.").split(".")[0]
+    method = "LoRA" if isinstance(module, lora.LoraLayer) else package
+    return method, f"{package}.{kind.__name__} has no fused path"

@@ -1,0 +1,66 @@
+"""Fused forward of PEFT's LoRA over bitsandbytes' 4-bit layers, by class swap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+from torch import nn
+
+from fusetune.integrations._guards import call_reason, carrier, module_reason, no_kernel
+from fusetune.integrations.bitsandbytes import Linear4bit, dtype_fits
+from fusetune.integrations.peft import Adapter, active_adapter, lora_linear
+
+
+class FusedLinear4bit(PeftLinear4bit):
+    """`lora.bnb.Linear4bit` in one fused op.
+
+    Where the adapter cannot be fused (several adapters, DoRA, ...) PEFT's forward runs, with the
+    fused 4-bit matmul of the base layer.
+    """
+
+    stock_class = PeftLinear4bit
+    method = "LoRA 4-bit"
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x [..., K] -> [..., N], as `lora.bnb.Linear4bit.forward`."""
+        if args or kwargs:  # adapter_names, alora_offsets
+            return super().forward(x, *args, **kwargs)
+        adapter = self._fused_adapter()
+        if isinstance(adapter, str) or call_reason(x) is not None:
+            return super().forward(x)
+        base = self._modules["base_layer"]
+        weight = base.fused_weight()
+        device = x.device.type
+        if (
+            isinstance(weight, str)
+            or not dtype_fits(x, device)
+            or not (self.cast_input_dtype_enabled or x.dtype == adapter.lora_A.dtype)
+            or no_kernel("lora_linear", device, x.dtype)
+        ):
+            return super().forward(x)
+        bias = base._parameters.get("bias")
+        if not torch.is_autocast_enabled(device):
+            return lora_linear(x, weight, bias, adapter)
+        with torch.autocast(device, enabled=False):
+            return lora_linear(x, weight, bias, adapter)
+
+    def _fused_adapter(self) -> Adapter | str:
+        base = self._modules["base_layer"]
+        return module_reason(base, "base_layer", Linear4bit) or active_adapter(self)
+
+    def fused_reason(self) -> str | None:
+        """Why the layer, in its present state, runs PEFT's forward; None where it is fused."""
+        adapter = self._fused_adapter()
+        if isinstance(adapter, str):
+            return adapter
+        weight = self._modules["base_layer"].fused_weight()
+        return weight if isinstance(weight, str) else self.fused_carrier()[1]
+
+    def fused_carrier(self) -> tuple[str, str | None]:
+        """(backend, reason against it) for an fp32 input on the weight's device."""
+        return carrier("lora_linear", self.weight.device.type, torch.float32)
+
+
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {PeftLinear4bit: FusedLinear4bit}

@@ -1,0 +1,103 @@
+"""The loss over the vocabulary of transformers' models, in one fused op.
+
+A model's `loss_function` is a property that a model instance may override. It is overridden only
+where it is transformers' own causal or masked language-model loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
+
+from fusetune import ops
+from fusetune.integrations._guards import carrier
+
+METHOD = "cross-entropy"
+_ATTRIBUTE = "_loss_function"  # what transformers' setter writes
+
+
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """`transformers.loss.loss_utils.ForCausalLMLoss`: tokens < n predict n.
+
+    logits [..., T, vocab_size] of any float dtype, labels [..., T]; the loss is fp32.
+    """
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return _reduced(logits, shift_labels, vocab_size, num_items_in_batch, ignore_index)
+
+
+def masked_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """`transformers.loss.loss_utils.ForMaskedLMLoss`: as above without the shift."""
+    return _reduced(logits, labels, vocab_size, num_items_in_batch, ignore_index)
+
+
+def _reduced(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None,
+    ignore_index: int,
+) -> torch.Tensor:
+    logits = logits.view(-1, vocab_size)
+    labels = labels.reshape(-1).to(logits.device)
+    if num_items_in_batch is None:
+        return ops.cross_entropy(logits, labels, ignore_index=ignore_index)
+    loss = ops.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch
+
+
+_FUSED: dict[Callable[..., torch.Tensor], Callable[..., torch.Tensor]] = {
+    ForCausalLMLoss: causal_lm_loss,
+    ForMaskedLMLoss: masked_lm_loss,
+}
+
+
+def install(module: nn.Module) -> bool:
+    """Gives a model the fused loss; False where it has none, or another one than the stock loss."""
+    if not isinstance(module, PreTrainedModel) or _ATTRIBUTE in module.__dict__:
+        return False
+    # Not through the property: for a model without a head it warns.
+    fused = _FUSED.get(LOSS_MAPPING.get(getattr(module, "loss_type", None)))
+    if fused is None:
+        return False
+    module.loss_function = fused
+    return True
+
+
+def installed(module: nn.Module) -> bool:
+    """Whether a model has the fused loss."""
+    return module.__dict__.get(_ATTRIBUTE) in _FUSED.values()
+
+
+def fused_carrier(module: nn.Module) -> tuple[str, str | None]:
+    """(backend, None) of the loss for fp32 logits on the model's device."""
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    return carrier("cross_entropy", device, torch.float32, None)[0], None
+
+
+def restore(module: nn.Module) -> None:
+    """Gives a model its own loss back."""
+    if installed(module):
+        del module.__dict__[_ATTRIBUTE]
