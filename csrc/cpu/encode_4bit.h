@@ -5,16 +5,10 @@
 // are searched in 4 steps; elsewhere 15 compares cost less than a search without them.
 // Values need no clamping to [-1, 1]: all boundaries lie inside.
 #pragma once
-#include <cstdint>
+#include "isa/isa.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
-namespace fusetune::FUSETUNE_ISA {
-namespace {
+namespace fusetune {
+namespace FUSETUNE_ISA {
 
 struct Boundaries {
   float values[16];  // the 15 midpoints; the last entry is unused
@@ -144,5 +138,5 @@ struct Encoder {
 
 #endif
 
-}  // namespace
-}  // namespace fusetune::FUSETUNE_ISA
+}  // namespace FUSETUNE_ISA
+}  // namespace fusetune
