@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import nn
 
 from fusetune.nn.nf4_linear import NF4Linear
-from fusetune.ops import lora_linear
+from fusetune.ops.lora_linear import lora_linear
 
 
 class LoraLinear(nn.Module):
@@ -66,11 +67,12 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         base = self.base_layer
-        b = self.lora_B[self.adapter_name]
+        a = cast(nn.Linear, self.lora_A[self.adapter_name])
+        b = cast(nn.Linear, self.lora_B[self.adapter_name])
         return lora_linear(
             x,
             base.weight,
-            self.lora_A[self.adapter_name].weight,
+            a.weight,
             b.weight,
             self.scaling,
             bias=base.bias,

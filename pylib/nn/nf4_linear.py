@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusetune.ops import dequantize_4bit, linear_4bit, quantize_4bit
+from fusetune.ops.dequantize_4bit import dequantize_4bit
+from fusetune.ops.linear_4bit import linear_4bit
+from fusetune.ops.quantize_4bit import quantize_4bit
 from fusetune.quantized_weight import QuantizedWeight
 
 

@@ -30,8 +30,8 @@ NF4 = (
     1.0,
 )
 
-# FP4 of bitsandbytes, indexed by bit pattern (sign, two exponent bits, mantissa bit), divided by the
-# largest value, 12. Not IEEE-like: the exponent field does not order the magnitudes.
+# FP4 of bitsandbytes, indexed by bit pattern (sign, two exponent bits, mantissa bit) and divided by
+# the largest value, 12. Not IEEE-like: the exponent field does not order the magnitudes.
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4 = tuple(m / 12 for m in _FP4_MAGNITUDES) + tuple(-m / 12 + 0.0 for m in _FP4_MAGNITUDES)
 
