@@ -3,7 +3,7 @@
 // Tiling: one task is about 64 Ki elements of whole blocks; 32 elements (16 bytes) a step. Results above 4 MB are
 // written past the caches, as far as the stores are aligned: a normal store would first read the line it overwrites.
 // Bytes per element: 0.5 + 4 / blocksize read, 4 (or 2) written; at 4096 x 4096 to fp32, block 64: 8.4 + 1.0 + 67.1 MB.
-#include "dropout.h"
+#include "isa/isa.h"
 #include "isa_kernels.h"
 #include "parallel.h"
 

@@ -97,7 +97,7 @@ FUSETUNE_INLINE void philox_step(const PhiloxKeys& keys, uint64_t block, uint32_
 #endif
 
 // Applies the dropout of elements [index, index + n) of the flattened matrix to v[0, n), in place. v must be
-// readable and writable up to the next multiple of kLanes; what lies there beyond n becomes arbitrary.
+// readable and writable up to the next multiple of kLanes; zeros that lie there stay zero.
 FUSETUNE_INLINE void apply_dropout(const Dropout& dropout, int64_t index, int64_t n, float* v) {
   if (dropout.threshold == 0) return;
   constexpr int kSpan = 256;  // elements per filling of the buffer
@@ -115,23 +115,6 @@ FUSETUNE_INLINE void apply_dropout(const Dropout& dropout, int64_t index, int64_
       float* p = v + done + i;
       store(p, select(ge(load_u32(words + skip + i), threshold), mul(load(p), scale), zero()));
     }
-  }
-}
-
-template <class T>
-FUSETUNE_INLINE void load_floats_of(const void* data, int64_t offset, int64_t n, float* out) {
-  const T* p = static_cast<const T*>(data) + offset;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, load(p + i));
-  if (i < n) store(out + i, load_part(p + i, static_cast<int>(n - i)));
-}
-
-// n elements from `offset` as fp32, then zeros up to a multiple of kLanes.
-FUSETUNE_INLINE void load_floats(const void* data, Dtype dtype, int64_t offset, int64_t n, float* out) {
-  switch (dtype) {
-    case Dtype::f32: return load_floats_of<float>(data, offset, n, out);
-    case Dtype::f16: return load_floats_of<f16>(data, offset, n, out);
-    case Dtype::bf16: return load_floats_of<bf16>(data, offset, n, out);
   }
 }
 

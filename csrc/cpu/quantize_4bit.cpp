@@ -7,7 +7,7 @@
 // What has to be the same bit for bit: a whole block is scaled by the fp32 reciprocal of max(absmax, 1e-38), and its
 // absmax is stored as it is; the last, partial block is divided by max(absmax, 1e-38), and that is stored. NaN in a
 // block makes its absmax NaN and all its codes those of index 15.
-#include "dropout.h"
+#include "convert.h"
 #include "encode_4bit.h"
 #include "isa_kernels.h"
 #include "parallel.h"

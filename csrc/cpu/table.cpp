@@ -24,10 +24,10 @@ const Kernels table = {
     /*linear=*/nullptr,
     /*linear_dx=*/nullptr,
     /*linear_4bit_int16=*/nullptr,
-    /*lora_shrink=*/nullptr,
-    /*lora_ds_db=*/nullptr,
-    /*lora_da=*/nullptr,
-    /*dropout=*/nullptr,
+    /*lora_shrink=*/lora_shrink,
+    /*lora_ds_db=*/lora_ds_db,
+    /*lora_da=*/lora_da,
+    /*dropout=*/dropout,
     /*fma_peak=*/nullptr,
 };
 
