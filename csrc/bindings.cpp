@@ -97,6 +97,8 @@ bool has(const std::string& name) {
   if (name == "lora_shrink") return k.lora_shrink;
   if (name == "lora_ds_db") return k.lora_ds_db;
   if (name == "lora_da") return k.lora_da;
+  if (name == "cross_entropy") return k.cross_entropy;
+  if (name == "cross_entropy_backward") return k.cross_entropy_backward;
   if (name == "dropout") return k.dropout;
   if (name == "fma_peak") return k.fma_peak;
   throw std::invalid_argument("no kernel is called " + name);
@@ -210,6 +212,27 @@ void bind_lora(py::module_& m) {
   });
 }
 
+void bind_loss(py::module_& m) {
+  m.def("cross_entropy", [](const MatrixArg& logits, int64_t rows, int64_t v, Address target, int64_t ignore_index,
+                            float smoothing, Address loss, Address lse) {
+    const auto run = built(kernels().cross_entropy, "cross_entropy");
+    const Matrix in = matrix(logits);
+    py::gil_scoped_release no_gil;
+    return run(in, rows, v, pointer<int64_t>(target), ignore_index, smoothing, pointer<float>(loss),
+               pointer<float>(lse));
+  });
+  m.def("cross_entropy_backward",
+        [](const MatrixArg& logits, int64_t rows, int64_t v, Address target, int64_t ignore_index, float smoothing,
+           Address lse, Address dloss, const MatrixArg& dlogits) {
+          const auto run = built(kernels().cross_entropy_backward, "cross_entropy_backward");
+          const Matrix in = matrix(logits);
+          const MutMatrix out = mut_matrix(dlogits);
+          py::gil_scoped_release no_gil;
+          run(in, rows, v, pointer<int64_t>(target), ignore_index, smoothing, pointer<float>(lse),
+              pointer<float>(dloss), out);
+        });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -218,4 +241,5 @@ PYBIND11_MODULE(_C, m) {
   bind_4bit(m);
   bind_linear(m);
   bind_lora(m);
+  bind_loss(m);
 }

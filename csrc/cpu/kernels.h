@@ -90,6 +90,14 @@ struct Kernels {
   // dA [r, K] = ds [M, r]^T . drop(x [M, K])
   void (*lora_da)(const Matrix& x, int64_t m, int64_t k, const float* ds, int64_t rank, const Dropout& dropout,
                   float* dA);
+  // loss [M] and lse [M] (log-sum-exp) of logits [M, V]; both 0 in rows whose target is ignore_index. Returns the first
+  // row with any other target outside [0, V), before anything is written, or -1.
+  int64_t (*cross_entropy)(const Matrix& logits, int64_t m, int64_t v, const int64_t* target, int64_t ignore_index,
+                           float smoothing, float* loss, float* lse);
+  // dlogits [M, V], in the dtype of logits, from dloss [M].
+  void (*cross_entropy_backward)(const Matrix& logits, int64_t m, int64_t v, const int64_t* target,
+                                 int64_t ignore_index, float smoothing, const float* lse, const float* dloss,
+                                 const MutMatrix& dlogits);
   // out [M, K] = x [M, K] with the dropout of `dropout` applied (for tests).
   void (*dropout)(const Matrix& x, int64_t m, int64_t k, const Dropout& dropout, const MutMatrix& out);
   // fp32 FMA peak of all threads together in flop/s, measured for about `seconds`: what benchmarks divide by.

@@ -27,6 +27,8 @@ const Kernels table = {
     /*lora_shrink=*/lora_shrink,
     /*lora_ds_db=*/lora_ds_db,
     /*lora_da=*/lora_da,
+    /*cross_entropy=*/cross_entropy,
+    /*cross_entropy_backward=*/cross_entropy_backward,
     /*dropout=*/dropout,
     /*fma_peak=*/nullptr,
 };

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fusetune.ops import _check
+from fusetune.ops import _check, _cpu
 from fusetune.ops._registry import LIB, Impl, Op, plain
 from fusetune.ops._weight import as_rows
 from fusetune.reference import cross_entropy as reference
@@ -68,7 +68,55 @@ def _check_arguments(
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
-# --- implementations ---- -------------------------------------------------------------------------
+# --- implementations ------------------------------------------------------------------------------
+
+
+def _cpu_forward(
+    logits: torch.Tensor, target: torch.Tensor, ignore_index: int, label_smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    m, v = logits.shape
+    loss, lse = torch.empty(2, m)
+    target = target.contiguous()
+    bad = _cpu.kernels().cross_entropy(
+        _cpu.matrix(logits),
+        m,
+        v,
+        target.data_ptr(),
+        ignore_index,
+        label_smoothing,
+        loss.data_ptr(),
+        lse.data_ptr(),
+    )
+    if bad >= 0:
+        raise ValueError(
+            f"target[{bad}] is {int(target[bad])}, neither in [0, {v}) nor ignore_index"
+        )
+    return loss, lse
+
+
+def _cpu_backward(
+    dloss: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+) -> torch.Tensor:
+    m, v = logits.shape
+    dlogits = torch.empty(m, v, dtype=logits.dtype)
+    dloss, target = dloss.contiguous(), target.contiguous()
+    _cpu.kernels().cross_entropy_backward(
+        _cpu.matrix(logits),
+        m,
+        v,
+        target.data_ptr(),
+        ignore_index,
+        label_smoothing,
+        lse.data_ptr(),
+        dloss.data_ptr(),
+        _cpu.matrix(dlogits),
+    )
+    return dlogits
 
 
 def _reference_forward(
@@ -86,10 +134,12 @@ def _reference_forward(
 
 OP = Op(
     "cross_entropy",
+    Impl("cpu", _cpu_forward, _cpu.supports("cross_entropy"), 10),
     Impl("reference", _reference_forward, lambda case: None, 0),
 )
 OP_BACKWARD = Op(
     "cross_entropy_backward",
+    Impl("cpu", _cpu_backward, _cpu.supports("cross_entropy_backward"), 10),
     Impl("reference", reference.cross_entropy_backward, lambda case: None, 0),
 )
 
@@ -117,7 +167,7 @@ def _backward(
     return dlogits
 
 
-# --- autograd, eager ---- -------------------------------------------------------------------------
+# --- autograd, eager ------------------------------------------------------------------------------
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -140,7 +190,7 @@ class _CrossEntropy(torch.autograd.Function):
         return _backward(dloss, *ctx.saved_tensors, *ctx.plain), None, None, None
 
 
-# --- torch.library: what torch.compile, export and fake tensors see -------------------------------
+# --- torch.library: what torch.compile, export and fake tensors see ---------------------------------
 
 
 def _fake(
