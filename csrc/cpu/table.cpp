@@ -21,8 +21,8 @@ const Kernels table = {
     /*lanes=*/kTableLanes,
     /*quantize_4bit=*/quantize_4bit,
     /*dequantize_4bit=*/dequantize_4bit,
-    /*linear=*/nullptr,
-    /*linear_dx=*/nullptr,
+    /*linear=*/linear,
+    /*linear_dx=*/linear_dx,
     /*linear_4bit_int16=*/nullptr,
     /*lora_shrink=*/lora_shrink,
     /*lora_ds_db=*/lora_ds_db,
@@ -30,7 +30,7 @@ const Kernels table = {
     /*cross_entropy=*/cross_entropy,
     /*cross_entropy_backward=*/cross_entropy_backward,
     /*dropout=*/dropout,
-    /*fma_peak=*/nullptr,
+    /*fma_peak=*/fma_peak,
 };
 
 }  // namespace fusetune::FUSETUNE_ISA

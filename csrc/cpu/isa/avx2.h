@@ -125,17 +125,15 @@ FUSETUNE_INLINE Codebook make_codebook(const float* values) {
   return code;
 }
 FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[4]) {
-  const U mask = _mm256_set1_epi8(15);
   // Both 128-bit lanes need 8 bytes, spread so that the unpacks below leave the values in order:
   // quads 0, 2, 4, 6 of four values in the low lane and 1, 3, 5, 7 in the high lane.
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  const U spread = _mm256_shuffle_epi8(
-      _mm256_broadcastsi128_si256(bytes),
-      _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13, 2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14,
-                       15, 15));
-  const U high = _mm256_and_si256(_mm256_srli_epi16(spread, 4), mask);
-  const U low = _mm256_and_si256(spread, mask);
-  const U codes = _mm256_blendv_epi8(high, low, _mm256_set1_epi16(static_cast<int16_t>(0xff00)));
+  const U spread = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes),
+                                       _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13, 2, 2, 3, 3,
+                                                        6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15));
+  // Each byte stands twice: keep its high nibble in the first, its low nibble in the second.
+  const U codes = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(spread, 4), _mm256_set1_epi16(0x000f)),
+                                  _mm256_and_si256(spread, _mm256_set1_epi16(0x0f00)));
   const U b0 = _mm256_shuffle_epi8(code.planes[0], codes), b1 = _mm256_shuffle_epi8(code.planes[1], codes);
   const U b2 = _mm256_shuffle_epi8(code.planes[2], codes), b3 = _mm256_shuffle_epi8(code.planes[3], codes);
   const U low01 = _mm256_unpacklo_epi8(b0, b1), low23 = _mm256_unpacklo_epi8(b2, b3);
@@ -144,6 +142,16 @@ FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[4
   out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low01, low23));
   out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(high01, high23));
   out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high01, high23));
+}
+
+struct ScaledCodebook {
+  Codebook code;
+  F scale;
+};
+FUSETUNE_INLINE ScaledCodebook scale_codebook(const Codebook& code, float scale) { return {code, set1(scale)}; }
+FUSETUNE_INLINE void decode32(const uint8_t* p, const ScaledCodebook& scaled, F (&out)[32 / kLanes]) {
+  decode32(p, scaled.code, out);
+  for (F& v : out) v = mul(v, scaled.scale);
 }
 
 FUSETUNE_INLINE void transpose(F (&v)[8]) {

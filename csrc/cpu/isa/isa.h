@@ -13,6 +13,7 @@
 //   load_u32 store_u32 set1_u32 iota  add bit_xor bit_or shl<n> shr<n>  mul_wide(a, b, hi, lo): 32 x 32 -> 64 bit
 //   store_u8(p, U)                 the low byte of each lane
 //   decode32(p, codebook, out)     16 bytes -> 32 codebook values in order, in 32 / kLanes vectors
+//   scale_codebook(codebook, absmax)  the codebook of a block: decode32 with it gives value * absmax
 //   transpose(v)                   kLanes x kLanes in place
 //
 // Kernels that come in two vector widths are templates over Wide or Narrow: the few operations a register tile
@@ -101,6 +102,7 @@ struct Wide {
   FUSETUNE_INLINE void store(float* p, V v) { FUSETUNE_ISA::store(p, v); }
   FUSETUNE_INLINE V set1(float v) { return FUSETUNE_ISA::set1(v); }
   FUSETUNE_INLINE V fma(V a, V b, V c) { return FUSETUNE_ISA::fma(a, b, c); }
+  FUSETUNE_INLINE V add(V a, V b) { return FUSETUNE_ISA::add(a, b); }
 };
 #if defined(FUSETUNE_ISA_AVX512)
 struct Narrow {
@@ -110,6 +112,7 @@ struct Narrow {
   FUSETUNE_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
   FUSETUNE_INLINE V set1(float v) { return _mm256_set1_ps(v); }
   FUSETUNE_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  FUSETUNE_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
 };
 #else
 using Narrow = Wide;

@@ -115,6 +115,16 @@ FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[8
   }
 }
 
+struct ScaledCodebook {
+  Codebook code;
+  F scale;
+};
+FUSETUNE_INLINE ScaledCodebook scale_codebook(const Codebook& code, float scale) { return {code, set1(scale)}; }
+FUSETUNE_INLINE void decode32(const uint8_t* p, const ScaledCodebook& scaled, F (&out)[32 / kLanes]) {
+  decode32(p, scaled.code, out);
+  for (F& v : out) v = mul(v, scaled.scale);
+}
+
 FUSETUNE_INLINE void transpose(F (&v)[4]) {
   const F a = vtrn1q_f32(v[0], v[1]), b = vtrn2q_f32(v[0], v[1]);
   const F c = vtrn1q_f32(v[2], v[3]), d = vtrn2q_f32(v[2], v[3]);

@@ -76,6 +76,17 @@ FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[3
     out[2 * i + 1] = code.values[p[i] & 15];
   }
 }
+
+struct ScaledCodebook {
+  Codebook code;
+  F scale;
+};
+FUSETUNE_INLINE ScaledCodebook scale_codebook(const Codebook& code, float scale) { return {code, set1(scale)}; }
+FUSETUNE_INLINE void decode32(const uint8_t* p, const ScaledCodebook& scaled, F (&out)[32 / kLanes]) {
+  decode32(p, scaled.code, out);
+  for (F& v : out) v = mul(v, scaled.scale);
+}
+
 FUSETUNE_INLINE void transpose(F (&)[1]) {}
 
 }  // namespace FUSETUNE_ISA

@@ -1,0 +1,57 @@
+// The register tile: out^T[columns][rows] += right[columns][depth] . left^T[depth][rows].
+//
+// Lanes run along the rows of the left operand (tokens), which is packed for it; the right operand (the weight) is
+// broadcast element by element in whatever order it was decoded. So neither direction of a weight has to be
+// transposed. A tile of `vectors` x `columns` accumulators does vectors * columns FMAs for vectors + columns loads.
+#pragma once
+#include "isa/isa.h"
+
+namespace fusetune {
+namespace FUSETUNE_ISA {
+
+// Accumulators must leave registers for the loaded vectors and one broadcast: 32 registers hold 3 x 8 + 4,
+// 16 hold 3 x 4 + 4. Narrow tiles are wide in columns so that the FMA latency is covered.
+#if defined(FUSETUNE_ISA_AVX2)
+constexpr int tile_columns(int vectors) { return vectors == 1 ? 8 : 4; }
+#else
+constexpr int tile_columns(int) { return 8; }
+#endif
+constexpr int kMaxVectors = 3;
+constexpr int kTileColumns = 8;  // every tile's columns divide this
+
+// left [depth][vectors * lanes], right element (column, d) at right[column * kColumn + d * kDepth],
+// out [columns][ld].
+template <class Vec, int vectors, int columns, int kColumn, int kDepth>
+static void tile(const float* left, const float* right, int64_t depth, float* out, int64_t ld) {
+  using V = typename Vec::V;
+  V acc[columns][vectors];
+#pragma GCC unroll 16
+  for (int c = 0; c < columns; ++c) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) acc[c][v] = Vec::set1(0.f);
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+    V x[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) x[v] = Vec::load(left + v * Vec::lanes);
+#pragma GCC unroll 16
+    for (int c = 0; c < columns; ++c) {
+      const V w = Vec::set1(right[c * kColumn]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) acc[c][v] = Vec::fma(x[v], w, acc[c][v]);
+    }
+    left += vectors * Vec::lanes;
+    right += kDepth;
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < columns; ++c) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      float* p = out + c * ld + v * Vec::lanes;
+      Vec::store(p, Vec::add(Vec::load(p), acc[c][v]));
+    }
+  }
+}
+
+}  // namespace FUSETUNE_ISA
+}  // namespace fusetune
