@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _check, _cpu
 from fusetune.ops._registry import LIB, Impl, Op, decode_int16, plain
@@ -20,14 +19,16 @@ def linear_4bit(
     """x [..., K] times the transpose of w [N, K], plus bias [N]: y [..., N] in x's dtype.
 
     x: float16, bfloat16, float32 or float64, any strides; sums are taken in fp32 (float64 for
-    float64). The weight is decoded piece by piece and never held whole. Differentiable, once, in x
-    and bias; neither x nor y is kept for the backward pass.
+    float64). The weight is decoded piece by piece and never held whole. Differentiable in x and
+    bias, any number of times; neither x nor y is kept for the backward pass.
 
     Raises TypeError or ValueError, naming the argument, for shapes, dtypes or devices that do not
     fit.
     """
-    if w.__class__ is not QuantizedWeight or not (
-        x.shape[-1:] == w.shape[1:]
+    if not (
+        isinstance(x, torch.Tensor)
+        and isinstance(w, QuantizedWeight)
+        and x.shape[-1:] == w.shape[1:]
         and x.dtype in _check.FLOATS
         and x.device == w.packed.device
         and bias is None
@@ -123,9 +124,11 @@ class _Linear4bit(torch.autograd.Function):
         return _forward(x, w, bias, False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dx = _dx(dy, ctx.w) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            again = torch.is_grad_enabled()  # this derivative is to be differentiated in turn
+            dx = _op_dx(dy, *flatten(ctx.w)) if again else _dx(dy, ctx.w)
         dbias = sum_rows(dy, ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, None, dbias
 
@@ -163,6 +166,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+def _setup_context_dx(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:6])
+    ctx.plain = inputs[6:]
+
+
+def _backward_dx(ctx: Any, ddx: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    ddy = _op(ddx, *ctx.saved_tensors, *ctx.plain, None, False)
+    return ddy, *([None] * ARGUMENTS)
+
+
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grads: list[torch.Tensor | None] = [None] * (ARGUMENTS + 3)
     if ctx.needs_input_grad[0]:
@@ -181,5 +194,8 @@ torch.library.register_autograd(
 LIB.define(f"linear_4bit_dx(Tensor dy, {SCHEMA}) -> Tensor")
 LIB.impl("linear_4bit_dx", _run_dx, "CompositeExplicitAutograd")
 torch.library.register_fake("fusetune::linear_4bit_dx", _fake_dx, lib=LIB)
+torch.library.register_autograd(
+    "fusetune::linear_4bit_dx", _backward_dx, setup_context=_setup_context_dx, lib=LIB
+)
 _op = torch.ops.fusetune.linear_4bit.default
 _op_dx = torch.ops.fusetune.linear_4bit_dx.default

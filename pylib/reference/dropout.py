@@ -66,4 +66,4 @@ def dropout(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tenso
     kept = (
         x * scale if x.dtype in (torch.float32, torch.float64) else (x.float() * scale).to(x.dtype)
     )
-    return torch.where(keep_mask(*x.shape, p, seed), kept, 0)
+    return torch.where(keep_mask(x.shape[0], x.shape[1], p, seed), kept, 0)

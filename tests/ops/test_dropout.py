@@ -1,0 +1,82 @@
+"""The counter-based dropout: the generator, the statistics, and the native kernel."""
+
+import math
+
+import pytest
+import torch
+
+from fusetune import _native
+from fusetune.ops import _cpu
+from fusetune.reference import dropout as reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def seed_of(value):
+    return torch.tensor([value], dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [  # Known answers of the Random123 library for philox4x32, 10 rounds.
+        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, words):
+    got = reference.philox(tuple(torch.tensor([c]) for c in counter), tuple(key))
+    assert " ".join(f"{int(word):08x}" for word in got) == words
+
+
+def test_keep_rate_and_independence():
+    n = 1 << 18
+    for p in (0.05, 0.1, 0.5, 0.9):
+        one, other = (reference.keep_mask(512, n // 512, p, seed_of(s)).double() for s in (1, 2))
+        # A count of n draws has standard deviation sqrt(n p (1 - p)); five of them: 6e-7 by chance.
+        bound = 5 * math.sqrt(p * (1 - p) / n)
+        assert abs(one.mean() - (1 - p)) < bound
+        both = (one * other).mean() - (1 - p) ** 2
+        assert abs(both) < 5 * math.sqrt((1 - p) ** 2 * (1 - (1 - p) ** 2) / n)
+        neighbours = (one[:, 1:] * one[:, :-1]).mean() - (1 - p) ** 2
+        # Products of neighbours share factors: at most three times the variance of free ones.
+        assert abs(neighbours) < 5 * math.sqrt(3 * (1 - p) ** 2 / one.numel())
+
+
+def test_expected_value_is_kept():
+    x = torch.rand(64, 256) + 0.5
+    draws = torch.stack([reference.dropout(x, 0.3, seed_of(s)) for s in range(200)])
+    # Each draw of an element has variance x^2 p / (1 - p); the mean over all has it divided by n.
+    bound = 5 * (x.square().mean() * 0.3 / 0.7 / draws.numel()).sqrt()
+    assert abs(draws.mean() - x.mean()) < bound
+
+
+def test_extreme_probabilities():
+    x = torch.randn(5, 7)
+    assert torch.equal(reference.dropout(x, 1.0, seed_of(1)), torch.zeros(5, 7))
+    assert reference.keep_mask(5, 7, 0.0, seed_of(1)).all()
+    assert reference.dropout(x, 0.5, None) is x
+
+
+def test_seed_follows_torchs_generator():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first, second = reference.new_seed(x := torch.device("cpu")), reference.new_seed(x)
+    assert first != second
+    torch.set_rng_state(state)
+    assert reference.new_seed(x) == first
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 64), (33, 130), (2, 4099)])
+def test_native_mask_is_the_reference(shape, p, dtype):
+    x = torch.randn(shape).to(dtype)
+    for value in (0, 1, 2**32 + 5, 2**63 - 2):
+        out = torch.full_like(x, torch.nan)
+        _native.C.dropout(_cpu.matrix(x), *shape, _cpu.dropout(p, seed_of(value)), _cpu.matrix(out))
+        assert torch.equal(out, reference.dropout(x, p, seed_of(value)))
