@@ -1,0 +1,42 @@
+"""Fused layers need a kernel: without one the reference is forced, which runs the same code."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from fusetune import ops
+
+
+@pytest.fixture(autouse=True)
+def _kernel():
+    case = ops.Case("cpu", torch.float32)
+    bare = ops.OPS["lora_linear"].select(case).name == "reference"
+    with ops.use_backend("reference") if bare else nullcontext():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The models are so small that waking a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the fused ops in the order they were called: who took the fused path."""
+    names = []
+
+    def counting(name, op):
+        def count(*args, **kwargs):
+            names.append(name)
+            return op(*args, **kwargs)
+
+        return count
+
+    for name in ("lora_linear", "linear_4bit", "cross_entropy"):
+        monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
+    return names
