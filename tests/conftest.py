@@ -33,3 +33,9 @@ def backend(request):
     """Runs the test once on each backend of this machine, forced: no silent fallback."""
     with ops.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def fresh_compiler():
+    """For tests that compile: what earlier ones compiled counts against a limit."""
+    torch.compiler.reset()

@@ -2,13 +2,17 @@
 
 import torch
 
+_EPS32 = torch.finfo(torch.float32).eps
 
-def assert_close(name, got, exact, eager):
+
+def assert_close(name, got, exact, eager, magnitude=None):
     """`got` must be about as near to `exact` (float64) as `eager` is, of got's dtype.
 
-    Largest error: at most twice eager's plus one unit in the last place of the largest element.
-    Root-mean-square error: at most twice eager's plus one rounding (half a unit) of the r.m.s.
-    element. Sums taken in another order, and one rounding of the result, fit in that.
+    Element by element the error may be twice eager's largest plus a floor, and its root mean square
+    twice eager's plus the floor's. The floor is one rounding of the result to its dtype (eps / 2
+    of it) plus four roundings in fp32, the dtype of sums, of `magnitude`: the result of the same
+    computation on absolute values, which is what rounding errors of a sum scale with. (Default:
+    the exact result itself, for computations without cancellation.)
     """
     assert got.shape == exact.shape, f"{name}: shape {list(got.shape)}, not {list(exact.shape)}"
     assert got.dtype == eager.dtype, f"{name}: dtype {got.dtype}, not {eager.dtype}"
@@ -16,10 +20,27 @@ def assert_close(name, got, exact, eager):
     assert exact.dtype == torch.float64
     if not got.numel():
         return
-    eps = torch.finfo(got.dtype).eps
-    error, reference_error = (got.double() - exact).abs(), (eager.double() - exact).abs()
-    allowed = 2 * reference_error.max() + eps * exact.abs().max()
-    assert error.max() <= allowed, f"{name}: error {error.max():.3g}, allowed {allowed:.3g}"
-    rms, reference_rms, size = (t.square().mean().sqrt() for t in (error, reference_error, exact))
-    allowed = 2 * reference_rms + eps / 2 * size
-    assert rms <= allowed, f"{name}: r.m.s. error {rms:.3g}, allowed {allowed:.3g}"
+    magnitude = exact.abs() if magnitude is None else magnitude
+    floor = torch.finfo(got.dtype).eps / 2 * exact.abs() + 2 * _EPS32 * magnitude
+    error, eager_error = (got.double() - exact).abs(), (eager.double() - exact).abs()
+    excess = error - floor
+    allowed = 2 * eager_error.max()
+    assert excess.max() <= allowed, (
+        f"{name}: error {excess.max():.3g} over floor, eager {allowed / 2:.3g}"
+    )
+    allowed = 2 * _rms(eager_error) + _rms(floor)
+    assert _rms(error) <= allowed, f"{name}: r.m.s. error {_rms(error):.3g}, allowed {allowed:.3g}"
+
+
+def assert_same(got, expected, name="result"):
+    """The same computation in another order: 32 roundings of the largest element at most."""
+    assert got.shape == expected.shape, f"{name}: {list(got.shape)}, not {list(expected.shape)}"
+    if not got.numel():
+        return
+    error = (got.double() - expected.double()).abs().max()
+    allowed = 16 * torch.finfo(got.dtype).eps * expected.abs().max()
+    assert error <= allowed, f"{name}: difference {error:.3g}, allowed {allowed:.3g}"
+
+
+def _rms(tensor):
+    return tensor.square().mean().sqrt()

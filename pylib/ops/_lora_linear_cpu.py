@@ -15,13 +15,22 @@ _FEW_ROWS = 32
 
 
 def _torch_multiplies(rows: Tensor, weight: Weight) -> bool:
-    """Whether the dense base matmul is left to torch: many rows, and one dtype it is fast in."""
-    return (
-        isinstance(weight, Tensor)
-        and rows.shape[0] > _FEW_ROWS
-        and rows.dtype == weight.dtype
-        and (rows.dtype == torch.float32 or _native_16_bit(rows.dtype))
-    )
+    """Whether the dense base matmul is left to torch: many rows, and one dtype it is fast in.
+
+    So are weights whose rows are not contiguous.
+    """
+    if not isinstance(weight, Tensor) or rows.dtype != weight.dtype:
+        return False
+    if weight.stride(1) != 1:
+        return True
+    return rows.shape[0] > _FEW_ROWS and (rows.dtype == torch.float32 or _native_16_bit(rows.dtype))
+
+
+def _with_contiguous_rows(weight: Weight) -> Weight:
+    """A copy of a dense weight where kernels cannot read it in place; itself otherwise."""
+    if isinstance(weight, Tensor) and weight.stride(1) != 1:
+        return weight.contiguous()
+    return weight
 
 
 def _native_16_bit(dtype: torch.dtype) -> bool:
@@ -67,6 +76,7 @@ def _forward(
     if isinstance(weight, Tensor) and _torch_multiplies(rows, weight):
         y = torch.nn.functional.linear(rows, weight, None if both is None else both.to(rows.dtype))
         return y.addmm_(s.to(y.dtype), b.to(y.dtype).T, alpha=scaling), s
+    weight = _with_contiguous_rows(weight)
     tail = (s.data_ptr(), b.data_ptr(), r, scaling)
     return _cpu.linear(rows, weight, n, both, tail, int16), s
 
@@ -117,6 +127,7 @@ def _dx(
         tail = ds @ a
         _cpu.kernels().dropout(_cpu.matrix(tail), m, k, dropout, _cpu.matrix(tail))
         return dx.add_(tail)
+    weight = _with_contiguous_rows(weight)
     dx = torch.empty(m, k, dtype=dy.dtype)
     tail_arg = (ds.data_ptr(), a.data_ptr(), r, 1.0)
     _cpu.kernels().linear_dx(

@@ -52,6 +52,8 @@ def lora_linear(
     if isinstance(scaling, Tensor):
         lora_B, lora_bias = _fold(scaling, x, lora_B, lora_bias)
         scaling = 1.0
+    elif not isinstance(scaling, float | int):
+        raise TypeError(f"scaling must be a number or a 0-d tensor, got {type(scaling).__name__}")
     seed = new_seed(x.device) if training and dropout_p > 0 else None
     int16 = decode_int16() and not grad
     if torch.compiler.is_compiling() or not plain(x):

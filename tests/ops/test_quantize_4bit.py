@@ -183,7 +183,7 @@ def test_bad_out():
         ops.dequantize_4bit(torch.zeros(3))
 
 
-def test_opcheck_and_compile(backend):
+def test_opcheck_and_compile(fresh_compiler, backend):
     weight = torch.randn(6, 70)
     w = ops.quantize_4bit(weight, double_quant=True)
     torch.library.opcheck(torch.ops.fusetune.quantize_4bit.default, (weight, "nf4", 64))
