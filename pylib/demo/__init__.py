@@ -3,6 +3,6 @@
 `run(Settings())` is what `fusetune demo` calls.
 """
 
-from .job import Settings, run
+from .job import Interrupted, Settings, run
 
-__all__ = ["Settings", "run"]
+__all__ = ["Interrupted", "Settings", "run"]

@@ -84,7 +84,7 @@ def chatterbot_corpus() -> list[Document]:
 
 def yaml_conversations(path: Path) -> list[Document]:
     """chatterbot-corpus' format: {"conversations": [[utterance, reply, ...], ...]}."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         conversations = yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]

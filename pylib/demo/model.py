@@ -53,12 +53,13 @@ def dense_from_gguf(gguf: Path, folder: Path) -> None:
     """Dequantises a GGUF file into a plain checkpoint that any quantiser can load."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     del model.config.quantization_config
     model.hf_quantizer = None  # it is dequantised, but still calls itself not serialisable
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -113,10 +114,9 @@ def add_lora(model: Any, rank: int, dropout: float, seed: int) -> Any:
 def set_dropout(model: Any, p: float) -> None:
     from peft.tuners.lora import LoraLayer
 
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            for dropout in layer.lora_dropout.values():
-                dropout.p = p
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    for dropout in (d for layer in layers for d in layer.lora_dropout.values()):
+        dropout.p = p
 
 
 def answer(model: Any, tokenizer: Any, question: str, max_new_tokens: int = 40) -> str:

@@ -1,0 +1,1 @@
+"""Measurements behind the README's tables; see `python -m benchmarks.run --help`."""

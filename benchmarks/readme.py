@@ -1,0 +1,105 @@
+"""Renders the measured tables into README.md, so that no figure is ever typed by hand.
+
+    python -m benchmarks.readme                       from benchmarks/results/
+    python -m benchmarks.readme --demo demo_output    takes over a demo's report and picture first
+    python -m benchmarks.readme --check               exit code 1 when README.md is out of date
+
+A table stands between <!-- results:NAME --> and <!-- end -->, NAME an op or "demo".
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from fusetune.bench import table
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+DEMO = RESULTS / "demo.json"
+PICTURE = ROOT / "docs" / "demo.png"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme")
+    parser.add_argument("--demo", type=Path, help="output folder of a demo to take over")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    if options.demo:
+        PICTURE.parent.mkdir(exist_ok=True)
+        shutil.copy(options.demo / "report.png", PICTURE)
+        DEMO.write_text((options.demo / "report.json").read_text())
+    before = README.read_text()
+    after = re.sub(
+        r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)",
+        lambda found: found[1] + section(found[2]) + found[3],
+        before,
+        flags=re.DOTALL,
+    )
+    if options.check and after != before:
+        print("README.md differs from benchmarks/results: python -m benchmarks.readme")
+        return 1
+    README.write_text(after)
+    return 0
+
+
+def section(name: str) -> str:
+    return demo_table() if name == "demo" else op_tables(name)
+
+
+def op_tables(op: str) -> str:
+    """One table for each machine that has results for the op."""
+    parts = []
+    for path in sorted(RESULTS.glob("*.json")):
+        stored = json.loads(path.read_text())
+        result = stored.get("ops", {}).get(op)
+        if result is None:
+            continue
+        versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
+        parts.append(
+            f"{stored['cpu']} ({stored['isa']}), {result['threads']} threads, "
+            f"{result['date']}; {versions}\n\n{table(result['rows'])}\n"
+        )
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
+def demo_table() -> str:
+    if not DEMO.exists():
+        return "Not measured yet.\n"
+    report = json.loads(DEMO.read_text())
+    setup, comparison, training = (report[k] for k in ("setup", "comparison", "training"))
+    stock, fused = comparison["stock"], comparison["fused"]
+    lines = [
+        f"{setup['model']}, {setup['batch_size']} × {setup['seq_len']} tokens a step, "
+        f"{setup['device']}:",
+        "",
+        "| | stock | fused | |",
+        "| --- | ---: | ---: | ---: |",
+        f"| time of a step | {stock['step_s']:.2f} s | {fused['step_s']:.2f} s "
+        f"| {comparison['speedup']:.2f}× |",
+        f"| tokens/s | {stock['tokens_per_s']:.0f} | {fused['tokens_per_s']:.0f} | |",
+    ]
+    for label, key, share in (
+        ("peak memory of the process", "peak_mib", "memory_saved"),
+        ("of that, added by the step", "step_peak_mib", "step_memory_saved"),
+    ):
+        if comparison[share] is not None:
+            lines.append(
+                f"| {label} | {stock[key]:.0f} MiB | {fused[key]:.0f} MiB "
+                f"| {-comparison[share]:+.0%} |"
+            )
+    lines += [
+        f"| largest relative difference of losses, dropout 0 "
+        f"| | {comparison['loss_difference']:.0e} | |",
+        f"| held-out loss, before and after {setup['steps']} steps "
+        f"| | {training['eval_loss_before']:.2f} → {training['eval_loss_after']:.2f} | |",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

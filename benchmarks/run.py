@@ -1,0 +1,78 @@
+"""Measures ops against their peers and writes the results.
+
+    python -m benchmarks.run --op linear_4bit            print, and update this machine's results
+    python -m benchmarks.run --op lora_linear --json out.json
+    python -m benchmarks.run --all && python -m benchmarks.readme
+
+Every case is first checked against float64: where a result is wrong nothing is timed, and the exit
+code is 1. Ours and the peers then run in turn, so that they meet the same state of the machine.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import logging
+import platform
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from fusetune import _native, env
+from fusetune.bench import OPS, cases_of, measure, table
+
+RESULTS = Path(__file__).parent / "results"
+LIBRARIES = ("fusetune", "torch", "bitsandbytes", "peft")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run")
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--op", choices=list(OPS))
+    chosen.add_argument("--all", action="store_true")
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results/<cpu>.json")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the weight")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each case")
+    parser.add_argument("--short", action="store_true", help="a few cases only")
+    options = parser.parse_args()
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    torch.set_num_threads(options.threads)
+    path = options.json or RESULTS / f"{slug(env.cpu_name())}.json"
+    for op in OPS if options.all else [options.op]:
+        rows = []
+        try:
+            for case in cases_of(op, not options.short, options.size, options.size):
+                rows.append(asdict(measure(case, options.seconds)))
+                print(f"{op} {case.name} {case.shape}", file=sys.stderr)
+        except RuntimeError as error:
+            print(f"wrong result, so nothing is reported: {error}", file=sys.stderr)
+            return 1
+        print(f"\n{op}, {env.cpu_name()}, {options.threads} threads\n\n{table(rows)}")
+        update(path, op, {"threads": options.threads, "rows": rows})
+    return 0
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def update(path: Path, op: str, result: dict[str, object]) -> None:
+    """Replaces one op's results in the file; the others stay."""
+    stored = json.loads(path.read_text()) if path.exists() else {"ops": {}}
+    stored["cpu"] = env.cpu_name()
+    stored["isa"] = _native.C.isa() if _native.C is not None else "none"
+    stored["system"] = platform.platform()
+    result["date"] = datetime.date.today().isoformat()
+    result["versions"] = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    stored["ops"][op] = result
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,10 @@
+"""Measures the kernels of this machine against what they replace.
+
+`fusetune bench` runs a short selection; `python -m benchmarks.run` in the repository all of it.
+"""
+
+from .cases import OPS, cases_of
+from .markdown import table
+from .timing import Row, measure
+
+__all__ = ["OPS", "Row", "cases_of", "measure", "table"]
