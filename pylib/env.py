@@ -1,0 +1,143 @@
+"""What fusetune finds on this machine: versions, CPU, backends and why, GPUs.
+
+`python -m fusetune.env` and `fusetune env` print it; paste it into a bug report.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusetune import _native, ops
+
+_PACKAGES = ("fusetune", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton")
+# Those of /proc/cpuinfo that kernels, ours or torch's, are chosen by.
+_CPU_FLAGS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "asimd",
+    "asimdhp",
+    "bf16",
+    "sve",
+)
+
+
+def information() -> dict[str, Any]:
+    """Everything, in plain types that JSON can hold."""
+    return {
+        "versions": {"python": platform.python_version(), **_versions()},
+        "cpu": _cpu(),
+        "native": _native_module(),
+        "backend": ops.backend(),
+        "backends": backends("cpu"),
+        "gpus": _gpus(),
+    }
+
+
+def backends(device: str) -> dict[str, dict[str, Any]]:
+    """For each op on fp32 tensors of a device: the backend chosen, and why others are not."""
+    result: dict[str, dict[str, Any]] = {}
+    for name, op in sorted(ops.OPS.items()):
+        case = ops.Case(device, torch.float32)
+        reasons = {impl: why for impl, why in op.explain(case) if why is not None}
+        try:
+            chosen: str | None = op.select(case).name
+        except ValueError as error:  # a backend is forced that cannot do this
+            chosen, reasons = None, {ops.backend(): str(error)}
+        result[name] = {"chosen": chosen, "not": reasons}
+    return result
+
+
+def cpu_name() -> str:
+    """The processor's marketing name, or its architecture where that is not to be had."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def describe() -> str:
+    """`information()` as text for people."""
+    info = information()
+    cpu, native = info["cpu"], info["native"]
+    lines = [f"{name:<14}{version}" for name, version in info["versions"].items()]
+    lines += [
+        "",
+        f"{'CPU':<14}{cpu['name']} ({cpu['machine']}), {cpu['threads']} threads in torch's pool",
+        f"{'features':<14}{' '.join(cpu['features']) or 'none known'}",
+    ]
+    if native["available"]:
+        lines.append(
+            f"{'kernels':<14}{native['isa']} (available: {', '.join(native['isas'])}), "
+            f"thread pool: {native['pool']}"
+        )
+    else:
+        lines.append(f"{'kernels':<14}none: {native['reason']}")
+    lines.append(f"{'GPUs':<14}{', '.join(info['gpus']) or 'none that torch can use'}")
+    lines += ["", f"backend {info['backend']!r}; on CPU tensors:"]
+    for name, entry in info["backends"].items():
+        reasons = "; ".join(f"not {impl}: {why}" for impl, why in entry["not"].items())
+        lines.append(f"  {name:<24}{entry['chosen'] or '-':<12}{reasons}".rstrip())
+    return "\n".join(lines)
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entries of /proc/cpuinfo; empty elsewhere than on Linux."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    first = path.read_text().split("\n\n")[0]
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _cpu() -> dict[str, Any]:
+    info = _cpuinfo()
+    flags = set((info.get("flags") or info.get("Features") or "").split())
+    return {
+        "name": cpu_name(),
+        "machine": platform.machine(),
+        "features": [flag for flag in _CPU_FLAGS if flag in flags],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _native_module() -> dict[str, Any]:
+    native = _native.C
+    if native is None:
+        return {"available": False, "reason": _native.reason}
+    return {
+        "available": True,
+        "isa": native.isa(),
+        "isas": native.available_isas(),
+        "pool": native.pool_name(),
+        "cuda": native.has_cuda,
+    }
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+if __name__ == "__main__":
+    print(describe())
