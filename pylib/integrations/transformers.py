@@ -6,6 +6,7 @@ where it is transformers' own causal or masked language-model loss.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -78,11 +79,13 @@ def install(module: nn.Module) -> bool:
     """Gives a model the fused loss; False where it has none, or another one than the stock loss."""
     if not isinstance(module, PreTrainedModel) or _ATTRIBUTE in module.__dict__:
         return False
-    # Not through the property: for a model without a head it warns.
-    fused = _FUSED.get(LOSS_MAPPING.get(getattr(module, "loss_type", None)))
-    if fused is None:
+    if "loss_function" not in inspect.unwrap(type(module).forward).__code__.co_names:
+        return False  # no head, or a loss written into forward
+    # As the property does, which would warn where it takes the default.
+    stock = LOSS_MAPPING.get(getattr(module, "loss_type", None), ForCausalLMLoss)
+    if stock not in _FUSED:
         return False
-    module.loss_function = fused
+    module.loss_function = _FUSED[stock]
     return True
 
 

@@ -75,7 +75,7 @@ def _cpu_forward(
     logits: torch.Tensor, target: torch.Tensor, ignore_index: int, label_smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     m, v = logits.shape
-    loss, lse = torch.empty(2, m)
+    loss, lse = torch.empty(m), torch.empty(m)
     target = target.contiguous()
     bad = _cpu.kernels().cross_entropy(
         _cpu.matrix(logits),
@@ -190,7 +190,7 @@ class _CrossEntropy(torch.autograd.Function):
         return _backward(dloss, *ctx.saved_tensors, *ctx.plain), None, None, None
 
 
-# --- torch.library: what torch.compile, export and fake tensors see ---------------------------------
+# --- torch.library: what torch.compile, export and fake tensors see -------------------------------
 
 
 def _fake(
