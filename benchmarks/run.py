@@ -10,7 +10,6 @@ code is 1. Ours and the peers then run in turn, so that they meet the same state
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import logging
 import platform
@@ -68,7 +67,7 @@ def update(path: Path, op: str, result: dict[str, object]) -> None:
     stored["isa"] = _native.C.isa() if _native.C is not None else "none"
     stored["system"] = platform.platform()
     result["date"] = datetime.date.today().isoformat()
-    result["versions"] = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    result["versions"] = {name: env.information()["versions"][name] for name in LIBRARIES}
     stored["ops"][op] = result
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(stored, indent=1) + "\n")

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from rich.console import Console
 
 import fusetune
+from fusetune import env
 
 from . import checkpoint, screen
 from . import model as models
@@ -63,7 +63,6 @@ class Settings:
 
 
 CHECKPOINT = "checkpoint.pt"
-LIBRARIES = ("fusetune", "torch", "transformers", "peft", "bitsandbytes")
 
 
 class Interrupted(Exception):
@@ -140,7 +139,7 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
             **json.loads(json.dumps(asdict(settings), default=str)),
             "device": device_name(device),
             "threads": torch.get_num_threads(),
-            "versions": {name: version(name) for name in LIBRARIES},
+            "versions": env.information()["versions"],
         },
         "comparison": facts["comparison"],
         "training": training,
@@ -234,4 +233,4 @@ def check_adapter(
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{fusetune.env.cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{env.cpu_name()}, {torch.get_num_threads()} threads"

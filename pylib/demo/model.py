@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ def quiet() -> None:
     hf_logging.disable_progress_bar()
     disable_progress_bars()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
 def prepare_base(name: str, folder: Path, device: torch.device) -> str:
@@ -77,13 +81,12 @@ def load_base(name: str, device: torch.device) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    try:
+    with named_in_errors(name), warnings.catch_warnings():
+        # "The quantization_config from the model will be used": the same one, for converted models.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         model = AutoModelForCausalLM.from_pretrained(
             name, quantization_config=nf4, dtype=dtype, device_map={"": device}
         )
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ValueError(f"model: cannot load {name!r}: {first_line}") from error
     model.config.use_cache = False
     return model
 
@@ -91,9 +94,20 @@ def load_base(name: str, device: torch.device) -> Any:
 def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    with named_in_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     return tokenizer
+
+
+@contextmanager
+def named_in_errors(name: str) -> Iterator[None]:
+    """Says which model could not be loaded, in one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model: cannot load {name!r}: {reason}") from error
 
 
 def add_lora(model: Any, rank: int, dropout: float, seed: int) -> Any:
@@ -115,7 +129,8 @@ def set_dropout(model: Any, p: float) -> None:
     from peft.tuners.lora import LoraLayer
 
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    for dropout in (d for layer in layers for d in layer.lora_dropout.values()):
+    dropouts: list[Any] = [d for layer in layers for d in layer.lora_dropout.values()]
+    for dropout in dropouts:
         dropout.p = p
 
 
