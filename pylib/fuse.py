@@ -56,8 +56,9 @@ def unfuse(model: nn.Module) -> None:
     fused_classes = set(_swaps().values())
     transformers = _transformers()
     for module in model.modules():
-        if type(module) in fused_classes:
-            _set_class(module, type(module).stock_class)
+        kind: Any = type(module)
+        if kind in fused_classes:
+            _set_class(module, kind.stock_class)
         if transformers is not None:
             transformers.restore(module)
 
@@ -165,7 +166,7 @@ def _rows(model: nn.Module) -> list[Row]:
     return rows
 
 
-def _row(name: str, module: nn.Module, fused_classes: set[type[Any]]) -> Row | None:
+def _row(name: str, module: Any, fused_classes: set[type[Any]]) -> Row | None:
     """The row of a module that fuse knows; None for any other."""
     kind: Any = type(module)
     if kind in fused_classes:

@@ -47,7 +47,7 @@ class Linear4bit(bnb.nn.Linear4bit):
 
         Raises ValueError where the weight is corrupt.
         """
-        param = self._parameters["weight"]
+        param: Any = self._parameters["weight"]
         known = self.__dict__.get(_CACHE)
         if known is not None and known[0] is param and _unchanged(param, known[1]):
             return known[1]
@@ -90,7 +90,7 @@ class Linear4bit(bnb.nn.Linear4bit):
         self.fused_weight()
 
 
-def _unchanged(param: torch.Tensor, weight: QuantizedWeight) -> bool:
+def _unchanged(param: Any, weight: QuantizedWeight) -> bool:
     """Whether the cached weight still is the parameter's: it may be moved or repacked in place."""
     state = param.quant_state
     if state is None or state.absmax is not weight.absmax:

@@ -35,8 +35,8 @@ class Adapter(NamedTuple):
     dropout_p: float  # 0 in evaluation
 
 
-def active_adapter(layer: lora.LoraLayer) -> Adapter | str:
-    """The layer's one active adapter, or the reason why PEFT has to carry it out."""
+def active_adapter(layer: Any) -> Adapter | str:
+    """The one active adapter of a `lora.LoraLayer`, or why PEFT has to carry it out."""
     if layer._disable_adapters:
         return "adapters are disabled"
     if layer.merged_adapters:
@@ -88,7 +88,7 @@ class FusedLinear(lora.Linear):
         adapter = self._fused_adapter()
         if isinstance(adapter, str) or call_reason(x) is not None:
             return super().forward(x)
-        base = self._modules["base_layer"]
+        base: Any = self._modules["base_layer"]
         weight = base._parameters["weight"]
         bias = base._parameters.get("bias")
         device = x.device.type
@@ -108,7 +108,7 @@ class FusedLinear(lora.Linear):
             return lora_linear(x.to(dtype), weight, bias, adapter)
 
     def _fused_adapter(self) -> Adapter | str:
-        base = self._modules["base_layer"]
+        base: Any = self._modules["base_layer"]
         reason = linear_reason(base, "base_layer")
         if reason is not None:
             return reason

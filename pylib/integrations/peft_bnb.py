@@ -30,7 +30,7 @@ class FusedLinear4bit(PeftLinear4bit):
         adapter = self._fused_adapter()
         if isinstance(adapter, str) or call_reason(x) is not None:
             return super().forward(x)
-        base = self._modules["base_layer"]
+        base: Any = self._modules["base_layer"]
         weight = base.fused_weight()
         device = x.device.type
         if (
@@ -47,7 +47,7 @@ class FusedLinear4bit(PeftLinear4bit):
             return lora_linear(x, weight, bias, adapter)
 
     def _fused_adapter(self) -> Adapter | str:
-        base = self._modules["base_layer"]
+        base: Any = self._modules["base_layer"]
         return module_reason(base, "base_layer", Linear4bit) or active_adapter(self)
 
     def fused_reason(self) -> str | None:
@@ -55,7 +55,8 @@ class FusedLinear4bit(PeftLinear4bit):
         adapter = self._fused_adapter()
         if isinstance(adapter, str):
             return adapter
-        weight = self._modules["base_layer"].fused_weight()
+        base: Any = self._modules["base_layer"]
+        weight = base.fused_weight()
         return weight if isinstance(weight, str) else self.fused_carrier()[1]
 
     def fused_carrier(self) -> tuple[str, str | None]:

@@ -82,7 +82,7 @@ def install(module: nn.Module) -> bool:
     if "loss_function" not in inspect.unwrap(type(module).forward).__code__.co_names:
         return False  # no head, or a loss written into forward
     # As the property does, which would warn where it takes the default.
-    stock = LOSS_MAPPING.get(getattr(module, "loss_type", None), ForCausalLMLoss)
+    stock = LOSS_MAPPING.get(getattr(module, "loss_type", None) or "", ForCausalLMLoss)
     if stock not in _FUSED:
         return False
     module.loss_function = _FUSED[stock]
