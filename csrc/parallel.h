@@ -9,11 +9,12 @@
 
 namespace fusetune {
 
-// Runs worker(ctx) on up to num_threads() threads at once. With one thread, or inside another parallel
-// region, it runs on the caller alone: a worker must therefore take chunks until none is left.
+// Runs worker(ctx) on up to num_threads() threads at once. With one thread, inside another parallel region, or in
+// a forked child whose parent had a pool, it runs on the caller alone: a worker must therefore take chunks until none
+// is left.
 void run_workers(void (*worker)(void*), void* ctx);
 int num_threads();
-// Threads that took part in the last parallel region: for the test that counts them.
+// Threads that took part in the last call of run_workers: for the test that counts them.
 int last_region_threads();
 // Name of the pool in use: "torch", "gomp" or "serial".
 const char* pool_name();
@@ -26,10 +27,8 @@ void set_gomp_pool(uintptr_t get_num_threads);
 // chunk and not its whole share.
 template <class F>
 void parallel_chunks(int64_t chunks, const F& f) {
-  if (chunks <= 1 || num_threads() == 1) {
-    for (int64_t i = 0; i < chunks; ++i) f(i);
-    return;
-  }
+  if (chunks <= 0) return;
+  if (chunks == 1) return f(0);
   struct Context {
     const F* f;
     int64_t chunks;

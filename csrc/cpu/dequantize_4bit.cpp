@@ -5,6 +5,7 @@
 // Bytes per element: 0.5 + 4 / blocksize read, 4 (or 2) written; at 4096 x 4096 to fp32, block 64: 8.4 + 1.0 + 67.1 MB.
 #include "isa/isa.h"
 #include "isa_kernels.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace fusetune {
@@ -68,6 +69,7 @@ void dequantize(const Weight4bit& w, T* out) {
   const bool streaming = n * static_cast<int64_t>(sizeof(T)) > kStreamBytes &&
                          reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(T)) == 0;
   const Codebook code = make_codebook(w.code);
+  advise_huge_pages(out, static_cast<size_t>(n) * sizeof(T));
   parallel_chunks((blocks + blocks_per_task - 1) / blocks_per_task, [&](int64_t task) {
     const int64_t end = (task + 1) * blocks_per_task < blocks ? (task + 1) * blocks_per_task : blocks;
     for (int64_t b = task * blocks_per_task; b < end; ++b) {
