@@ -14,6 +14,8 @@ import torch
 
 __all__ = ["C", "reason"]
 
+AT_GET_NUM_THREADS = "_ZN2at15get_num_threadsEv"  # at::get_num_threads()
+
 
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
@@ -33,20 +35,21 @@ def _share_thread_pool(module: ModuleType) -> None:
 
     Without it (a torch built without either function) the kernels run on one thread.
     """
-    library = _libtorch_cpu()
+    library = libtorch_cpu()
     if library is None:
         return
-    parallel_for = _address(library, "torch_parallel_for")  # stable C API, torch >= 2.10
-    get_num_threads = _address(library, "torch_get_num_threads")
+    parallel_for = address(library, "torch_parallel_for")  # stable C API, torch >= 2.10
+    get_num_threads = address(library, "torch_get_num_threads")
     if parallel_for and get_num_threads:
         module.set_torch_pool(parallel_for, get_num_threads)
         return
-    at_get_num_threads = _address(library, "_ZN2at15get_num_threadsEv")  # at::get_num_threads()
+    at_get_num_threads = address(library, AT_GET_NUM_THREADS)
     if at_get_num_threads:
         module.set_gomp_pool(at_get_num_threads)
 
 
-def _libtorch_cpu() -> ctypes.CDLL | None:
+def libtorch_cpu() -> ctypes.CDLL | None:
+    """The library of torch's CPU backend, which `import torch` has loaded; None if not found."""
     name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
     for path in (name, os.path.join(os.path.dirname(torch.__file__), "lib", name)):
         try:
@@ -56,7 +59,8 @@ def _libtorch_cpu() -> ctypes.CDLL | None:
     return None
 
 
-def _address(library: ctypes.CDLL, symbol: str) -> int:
+def address(library: ctypes.CDLL, symbol: str) -> int:
+    """Address of a function of the library, 0 where it has none of that name."""
     try:
         return ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value or 0
     except AttributeError:

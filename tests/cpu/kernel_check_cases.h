@@ -20,11 +20,14 @@ Result check_quantize_4bit(const Kernels& kernels) {
         std::vector<uint8_t> packed(static_cast<size_t>((n + 1) / 2));
         Floats absmax(static_cast<size_t>((n + blocksize - 1) / blocksize));
         kernels.quantize_4bit(x.bytes.data(), dtype, n, 0, blocksize, packed.data(), absmax.data());
+        float largest = 0;
         for (int64_t i = 0; i < n; ++i) {
-          const int64_t block = i / blocksize, end = std::min(n, (block + 1) * blocksize);
-          float largest = 0;
-          for (int64_t j = block * blocksize; j < end; ++j) largest = std::max(largest, std::fabs(float(x.at(0, j))));
-          const bool whole = end - block * blocksize == blocksize;
+          const int64_t block = i / blocksize, first = block * blocksize, end = std::min(n, first + blocksize);
+          if (i == first) {
+            largest = 0;
+            for (int64_t j = first; j < end; ++j) largest = std::max(largest, std::fabs(float(x.at(0, j))));
+          }
+          const bool whole = end - first == blocksize;
           const float v = whole ? float(x.at(0, i)) * (1.0f / largest) : float(x.at(0, i)) / largest;
           int code = 0;
           while (code < 15 && (kNf4[code] + kNf4[code + 1]) / 2 < v) ++code;

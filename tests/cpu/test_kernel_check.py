@@ -1,0 +1,105 @@
+"""Every kernel of every instruction set, driven from C++ (kernel_check.cpp), no Python, no torch:
+under AddressSanitizer and UBSan on this machine, and for aarch64 with a cross compiler and qemu.
+"""
+
+import hashlib
+import os
+import runpy
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from fusetune import _native
+
+ROOT = Path(__file__).parents[2]
+SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def build(machine: str, compiler: str, flags: list[str]) -> Path:
+    """The driver, compiled as setup.py compiles the extension; kept until a source changes."""
+    with (
+        mock.patch("setuptools.setup"),
+        mock.patch.dict(os.environ, {"FUSETUNE_TARGET_MACHINE": machine}),
+    ):
+        rules = runpy.run_path(str(ROOT / "setup.py"))
+    sources = [*sorted((ROOT / "csrc").rglob("*")), *sorted(Path(__file__).parent.glob("kernel_*"))]
+    content = hashlib.sha256(repr((compiler, flags, rules["CXXFLAGS"], rules["ISAS"])).encode())
+    for path in sources:
+        if path.is_file():
+            content.update(path.read_bytes())
+    folder = ROOT / "build" / "kernel_check" / f"{machine}-{content.hexdigest()[:16]}"
+    driver = folder / "kernel_check"
+    if driver.exists():
+        return driver
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [job for job in rules["compile_jobs"]() if job[0].name != "bindings.cpp"]
+    jobs.append((Path(__file__).with_name("kernel_check.cpp"), "common", []))
+
+    def compile_one(job: tuple[Path, str, list[str]]) -> str:
+        source, isa, isa_flags = job
+        target = str(folder / f"{isa}-{source.stem}.o")
+        all_flags = [*rules["CXXFLAGS"], *flags, *isa_flags]
+        run([compiler, *all_flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", target])
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, jobs))
+    # Named at the end: an interrupted build leaves no driver behind.
+    unfinished = folder / "unfinished"
+    run([compiler, *flags, *objects, "-o", str(unfinished), "-lpthread", "-ldl"])
+    unfinished.rename(driver)
+    return driver
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> Path:
+    """The driver for this machine, with sanitizers."""
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        pytest.skip(f"no C++ compiler: {compiler}")
+    folder = tmp_path_factory.mktemp("sanitizers")
+    (folder / "empty.cpp").write_text("int main() {}")
+    command = [compiler, *SANITIZE, str(folder / "empty.cpp"), "-o", str(folder / "empty")]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip(f"{compiler} has no sanitizer libraries")
+    return build(os.uname().machine, compiler, SANITIZE)
+
+
+def test_with_sanitizers(sanitized):
+    lines = run([str(sanitized)]).splitlines()
+    assert {line.split()[0] for line in lines} == set(_native.C.available_isas())
+
+
+def test_neon_under_qemu():
+    compiler = "aarch64-linux-gnu-g++"
+    qemu = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    for tool, found in ((compiler, shutil.which(compiler)), ("qemu-aarch64", qemu)):
+        if not found:
+            pytest.skip(f"{tool} is not installed")
+    driver = build("aarch64", compiler, ["-static"])
+    lines = run([str(qemu), str(driver)]).splitlines()
+    assert {line.split()[0] for line in lines} == {"neon", "scalar"}
+
+
+def test_no_code_is_shared_between_instruction_sets(sanitized):
+    """What the objects of two instruction sets offer may be linked from the wrong one."""
+    nm = shutil.which("nm")
+    if not nm:
+        pytest.skip("nm is not installed")
+    for path in sanitized.parent.glob("*-*.o"):
+        isa = path.name.split("-")[0]
+        if isa == "common":
+            continue
+        for line in run([nm, "-C", "--defined-only", "--extern-only", str(path)]).splitlines():
+            _, kind, name = line.split(maxsplit=2)
+            assert kind not in "TW" or f"fusetune::{isa}::" in name, f"{path.name} offers {name}"
