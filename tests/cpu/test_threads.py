@@ -1,9 +1,7 @@
-"""The kernels run on torch's threads, on as many as torch.set_num_threads says, and survive a fork."""
+"""The kernels run on torch's threads, as many as torch.set_num_threads says, also after a fork."""
 
 import ctypes
-import os
 import re
-import subprocess
 import sys
 import threading
 
@@ -32,15 +30,6 @@ def work() -> torch.Tensor:
         return ops.quantize_4bit(x).packed
 
 
-def run_python(code: str, **env: str) -> str:
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, **env}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_as_many_threads_as_torch_uses(threads, count):
     threads(count)
@@ -50,7 +39,7 @@ def test_as_many_threads_as_torch_uses(threads, count):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_they_are_really_that_many():
+def test_they_are_really_that_many(run_python):
     """Counts the operating system's threads that used CPU time, not what the pool says."""
     code = """
 import os, torch
@@ -124,7 +113,7 @@ def test_result_does_not_depend_on_threads(threads):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_one_openmp_runtime():
+def test_one_openmp_runtime(run_python):
     code = """
 import torch, bitsandbytes
 from fusetune import _native
@@ -139,7 +128,7 @@ print(open("/proc/self/maps").read())
     assert len(runtimes) == 1, runtimes
 
 
-def test_gomp_pool():
+def test_gomp_pool(run_python):
     """The way for a torch without the C function of a parallel loop (before 2.10)."""
     code = """
 import threading, torch
@@ -164,19 +153,21 @@ print(seen)
 """
     if not _native.address(_native.libtorch_cpu(), _native.AT_GET_NUM_THREADS):
         pytest.skip("this torch has no at::get_num_threads")
-    assert run_python(code).strip() == "[3, 3, 1, 1]"
+    assert run_python(code) == "[3, 3, 1, 1]"
 
 
 @pytest.mark.parametrize("prepare", ["torch.set_num_threads(1)", ""])
-def test_forked_child(prepare):
-    """After the parent has used the pool, a child works: with one thread set, and without."""
+def test_forked_child(run_python, prepare):
+    """After the parent has used the pool, a kernel works in a child: with one thread set, as in
+    DataLoader's workers, and without, where torch's own parallel operations hang."""
     code = f"""
 import os, signal, torch
 torch.set_num_threads(2)
 from fusetune import _native
 x = torch.arange(2**20, dtype=torch.float32).sin()
+packed, absmax = torch.empty(2**19, dtype=torch.uint8), torch.empty(2**14)
 def run():
-    packed, absmax = torch.zeros(2**19, dtype=torch.uint8), torch.zeros(2**14)
+    packed.numpy()[:] = 0
     addresses = packed.data_ptr(), absmax.data_ptr()
     _native.C.quantize_4bit(x.data_ptr(), 0, 2**20, 0, 64, *addresses)
     return bytes(packed.numpy())
@@ -191,7 +182,7 @@ _, status = os.waitpid(pid, 0)
 assert run() == expected and _native.C.last_region_threads() == 2
 print(os.waitstatus_to_exitcode(status))
 """
-    assert run_python(code, PYTHONWARNINGS="ignore").strip() == "0"
+    assert run_python(code, PYTHONWARNINGS="ignore") == "0"
 
 
 class Quantised(Dataset):
