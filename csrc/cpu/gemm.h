@@ -1,10 +1,10 @@
 // The macro kernel of linear and linear_dx: out [rows, columns] = sum over terms of left [rows, depth] . right.
 //
 // Tiling. A task owns a block of rows x columns of the output and keeps it, transposed and in fp32, in `acc`. For each
-// kDepth slice of the reduction it packs the left operand once (transposed, so that lanes are rows), then decodes the
+// slice of the reduction it packs the left operand once (transposed, so that lanes are rows), then decodes the
 // weight one column group at a time into a buffer that stays in L1/L2, and runs register tiles over it. Bytes per
-// task and slice: the 4-bit weight is read once (columns * kDepth / 2), the left slice once (rows * kDepth * 4), acc
-// is read and written once (rows * columns * 8, from L2) for rows * columns * kDepth FMAs. Neither a dequantised
+// task and slice: the 4-bit weight is read once (columns * depth / 2), the left slice once (rows * depth * 4), acc
+// is read and written once (rows * columns * 8, from L2) for rows * columns * depth FMAs. Neither a dequantised
 // weight nor a converted activation exists beyond a slice.
 #pragma once
 #include <algorithm>
@@ -17,24 +17,20 @@
 namespace fusetune {
 namespace FUSETUNE_ISA {
 
-constexpr int kDepth = 256;
-constexpr int kMaxRows = 288;
-constexpr int kMaxColumns = 1024;
-
 // A weight row is an output column (forward). Rows are padded so that they do not fall into the same cache sets.
 struct RowsAreColumns {
-  static constexpr int group = 16, column_stride = kDepth + 16, depth_stride = 1;
+  static constexpr int group = 8, depth = 512, column_stride = depth + 16, depth_stride = 1;
   static constexpr int buffer = group * column_stride;
-  static void read(const Rows& rows, int64_t column, int64_t columns, int64_t d, int64_t depth, float* dst) {
-    rows.read(column, columns, d, depth, dst, column_stride);
+  static void read(const Rows& rows, int64_t column, int64_t columns, int64_t d, int64_t steps, float* dst) {
+    rows.read(column, columns, d, steps, dst, column_stride);
   }
 };
 // A weight row is a step of the reduction (backward).
 struct RowsAreDepth {
-  static constexpr int group = 64, column_stride = 1, depth_stride = group + 16;
-  static constexpr int buffer = kDepth * depth_stride;
-  static void read(const Rows& rows, int64_t column, int64_t columns, int64_t d, int64_t depth, float* dst) {
-    rows.read(d, depth, column, columns, dst, depth_stride);
+  static constexpr int group = 128, depth = 64, column_stride = 1, depth_stride = group;
+  static constexpr int buffer = depth * depth_stride;
+  static void read(const Rows& rows, int64_t column, int64_t columns, int64_t d, int64_t steps, float* dst) {
+    rows.read(d, steps, column, columns, dst, depth_stride);
   }
 };
 
@@ -78,8 +74,10 @@ struct Panel {
 };
 static inline Panel next_panel(int64_t rows) {
   if (rows <= Narrow::lanes) return {1, Narrow::lanes};
-  const int64_t vectors = (rows + kLanes - 1) / kLanes;
-  const int take = vectors == kMaxVectors + 1 ? 2 : static_cast<int>(std::min<int64_t>(vectors, kMaxVectors));
+  // A rest that fits a narrow vector is left for one.
+  const int64_t left_over = Narrow::lanes < kLanes ? Narrow::lanes : 0;
+  const int64_t vectors = (rows - left_over + kLanes - 1) / kLanes;
+  const int take = static_cast<int>(std::min<int64_t>(vectors, kMaxVectors));
   return {take, take * kLanes};
 }
 
@@ -102,9 +100,9 @@ struct Block {
   Block(int64_t row, int64_t rows, int64_t column, int64_t columns)
       : row(row), rows(rows), column(column), columns(columns), ld((rows + kLanes - 1) / kLanes * kLanes) {
     const int64_t acc_size = (columns + kTileColumns - 1) / kTileColumns * kTileColumns * ld;
-    acc = workspace(acc_size + ld * kDepth + Layout::buffer);
+    acc = workspace(acc_size + ld * Layout::depth + Layout::buffer);
     packed = acc + acc_size;
-    buffer = packed + ld * kDepth;
+    buffer = packed + ld * Layout::depth;
   }
 
   void fill(const float* bias) {
@@ -132,8 +130,8 @@ struct Block {
   }
 
   void accumulate(const Term& term) {
-    for (int64_t d = 0; d < term.depth; d += kDepth) {
-      const int64_t depth = std::min<int64_t>(kDepth, term.depth - d);
+    for (int64_t d = 0; d < term.depth; d += Layout::depth) {
+      const int64_t depth = std::min<int64_t>(Layout::depth, term.depth - d);
       pack(term.left, d, depth);
       for (int64_t c = 0; c < columns; c += Layout::group) {
         const int64_t count = std::min<int64_t>(Layout::group, columns - c);
@@ -171,23 +169,41 @@ struct Block {
   }
 };
 
-// Calls f(block) for the tasks that [rows, columns] is cut into: enough of them that a stolen core costs little, and
-// large enough that packing (shared by a task's columns) and decoding (shared by its rows) stay small.
+// How [rows, columns] is cut into tasks. Packing is shared by a task's columns and decoding by its rows, so large
+// tasks are cheap; many tasks keep a stolen core from costing much, and full rounds of them keep all threads busy.
+struct Grid {
+  int64_t row_step, column_step;
+};
+template <class Layout>
+static Grid choose_grid(int64_t rows, int64_t columns, int threads) {
+  // Cycles per decoded and per packed vector, in units of the FMAs they feed.
+  constexpr double kDecode = 3, kPack = 8, kTail = 0.15;
+  constexpr int64_t kMaxRows = 288, kMaxColumns = 1024;
+  Grid best{};
+  double best_cost = 0;
+  for (int64_t r = (rows + kMaxRows - 1) / kMaxRows; r <= (rows + 63) / 64; ++r) {
+    const int64_t row_step = ((rows + r - 1) / r + kLanes - 1) / kLanes * kLanes;
+    for (int64_t step = Layout::group; step <= kMaxColumns; step += Layout::group) {
+      const int64_t tasks = r * ((columns + step - 1) / step);
+      const int64_t rounds = (tasks + threads - 1) / threads;
+      const double task = static_cast<double>(row_step * step) * (1 + kDecode / row_step + kPack / step);
+      const double cost = task * (threads == 1 ? tasks : rounds + kTail);
+      if (best_cost == 0 || cost < best_cost) best_cost = cost, best = {row_step, step};
+      if (step >= columns) break;
+    }
+  }
+  return best;
+}
+
 template <class Layout, class Function>
 static void for_blocks(int64_t rows, int64_t columns, const Function& f) {
   if (rows == 0 || columns == 0) return;
-  const int64_t row_parts = (rows + kMaxRows - 1) / kMaxRows;
-  const int64_t row_step = ((rows + row_parts - 1) / row_parts + kLanes - 1) / kLanes * kLanes;
-  const int64_t groups = (columns + Layout::group - 1) / Layout::group;
-  const int64_t wanted = (4 * num_threads() + row_parts - 1) / row_parts;
-  const int64_t limit = kMaxColumns / Layout::group;
-  const int64_t group_step = std::max<int64_t>(1, std::min(limit, groups / wanted));
-  const int64_t column_step = group_step * Layout::group;
-  const int64_t column_parts = (columns + column_step - 1) / column_step;
+  const Grid grid = choose_grid<Layout>(rows, columns, num_threads());
+  const int64_t row_parts = (rows + grid.row_step - 1) / grid.row_step;
+  const int64_t column_parts = (columns + grid.column_step - 1) / grid.column_step;
   parallel_chunks(row_parts * column_parts, [&](int64_t task) {
-    const int64_t row = task % row_parts * row_step, column = task / row_parts * column_step;
-    if (row >= rows) return;
-    Block<Layout> block(row, std::min(row_step, rows - row), column, std::min(column_step, columns - column));
+    const int64_t row = task % row_parts * grid.row_step, column = task / row_parts * grid.column_step;
+    Block<Layout> block(row, std::min(grid.row_step, rows - row), column, std::min(grid.column_step, columns - column));
     f(block);
   });
 }

@@ -28,12 +28,18 @@ static void tile(const float* left, const float* right, int64_t depth, float* ou
 #pragma GCC unroll 16
   for (int c = 0; c < columns; ++c) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) acc[c][v] = Vec::set1(0.f);
+    for (int v = 0; v < vectors; ++v) {
+      __builtin_prefetch(out + c * ld + v * Vec::lanes, 1);
+      acc[c][v] = Vec::set1(0.f);
+    }
   }
   for (int64_t d = 0; d < depth; ++d) {
     V x[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) x[v] = Vec::load(left + v * Vec::lanes);
+    for (int v = 0; v < vectors; ++v) {
+      __builtin_prefetch(left + (16 * vectors + v) * Vec::lanes);
+      x[v] = Vec::load(left + v * Vec::lanes);
+    }
 #pragma GCC unroll 16
     for (int c = 0; c < columns; ++c) {
       const V w = Vec::set1(right[c * kColumn]);

@@ -79,9 +79,9 @@ static void read_4bit(const Rows& self, int64_t row, int64_t rows, int64_t col, 
     for (; i < end && i % 32; ++i) *out++ = decode_one(i);
     while (i + 32 <= end) {
       const uint64_t block = i >> shift;
-      const uint64_t stop = std::min((block + 1) << shift, end);
+      const uint64_t stop = std::min((block + 1) << shift, end - 31);
       const ScaledCodebook scaled = scale_codebook(code, block_absmax<nested>(w, nested_shift, block));
-      for (; i + 32 <= stop; i += 32, out += 32) {
+      for (; i < stop; i += 32, out += 32) {
         F v[kVectors];
         decode32(w.packed + i / 2, scaled, v);
         for (int j = 0; j < kVectors; ++j) store(out + j * kLanes, v[j]);

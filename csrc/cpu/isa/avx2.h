@@ -110,19 +110,15 @@ FUSETUNE_INLINE void store_u8(uint8_t* p, U v) {
 // The four bytes of the 16 values as four planes, each looked up by one pshufb and put together by unpacks: exact,
 // and faster than two vpermps and a blend.
 struct Codebook {
-  U planes[4];
+  U byte0, byte1, byte2, byte3;  // named: GCC copies an array through the stack
 };
+FUSETUNE_INLINE U codebook_plane(const float* values, int byte) {
+  alignas(16) uint8_t plane[16];
+  for (int i = 0; i < 16; ++i) plane[i] = static_cast<uint8_t>(float_to_bits(values[i]) >> (8 * byte));
+  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(plane)));
+}
 FUSETUNE_INLINE Codebook make_codebook(const float* values) {
-  alignas(16) uint8_t bytes[4][16];
-  for (int i = 0; i < 16; ++i) {
-    const uint32_t bits = float_to_bits(values[i]);
-    for (int b = 0; b < 4; ++b) bytes[b][i] = static_cast<uint8_t>(bits >> (8 * b));
-  }
-  Codebook code;
-  for (int b = 0; b < 4; ++b) {
-    code.planes[b] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[b])));
-  }
-  return code;
+  return {codebook_plane(values, 0), codebook_plane(values, 1), codebook_plane(values, 2), codebook_plane(values, 3)};
 }
 FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[4]) {
   // Both 128-bit lanes need 8 bytes, spread so that the unpacks below leave the values in order:
@@ -134,8 +130,8 @@ FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[4
   // Each byte stands twice: keep its high nibble in the first, its low nibble in the second.
   const U codes = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(spread, 4), _mm256_set1_epi16(0x000f)),
                                   _mm256_and_si256(spread, _mm256_set1_epi16(0x0f00)));
-  const U b0 = _mm256_shuffle_epi8(code.planes[0], codes), b1 = _mm256_shuffle_epi8(code.planes[1], codes);
-  const U b2 = _mm256_shuffle_epi8(code.planes[2], codes), b3 = _mm256_shuffle_epi8(code.planes[3], codes);
+  const U b0 = _mm256_shuffle_epi8(code.byte0, codes), b1 = _mm256_shuffle_epi8(code.byte1, codes);
+  const U b2 = _mm256_shuffle_epi8(code.byte2, codes), b3 = _mm256_shuffle_epi8(code.byte3, codes);
   const U low01 = _mm256_unpacklo_epi8(b0, b1), low23 = _mm256_unpacklo_epi8(b2, b3);
   const U high01 = _mm256_unpackhi_epi8(b0, b1), high23 = _mm256_unpackhi_epi8(b2, b3);
   out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low01, low23));
@@ -145,12 +141,12 @@ FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[4
 }
 
 struct ScaledCodebook {
-  Codebook code;
+  const Codebook* code;
   F scale;
 };
-FUSETUNE_INLINE ScaledCodebook scale_codebook(const Codebook& code, float scale) { return {code, set1(scale)}; }
+FUSETUNE_INLINE ScaledCodebook scale_codebook(const Codebook& code, float scale) { return {&code, set1(scale)}; }
 FUSETUNE_INLINE void decode32(const uint8_t* p, const ScaledCodebook& scaled, F (&out)[32 / kLanes]) {
-  decode32(p, scaled.code, out);
+  decode32(p, *scaled.code, out);
   for (F& v : out) v = mul(v, scaled.scale);
 }
 

@@ -92,7 +92,7 @@ FUSETUNE_INLINE void store_u8(uint8_t* p, U v) {
 
 // The four bytes of the 16 values as four planes, each looked up by one tbl and put together by zips.
 struct Codebook {
-  uint8x16_t planes[4];
+  uint8x16_t byte0, byte1, byte2, byte3;  // named: GCC copies an array through the stack
 };
 FUSETUNE_INLINE Codebook make_codebook(const float* values) {
   const uint8x16x4_t bytes = vld4q_u8(reinterpret_cast<const uint8_t*>(values));
@@ -103,8 +103,8 @@ FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[8
   const uint8x16_t high = vshrq_n_u8(bytes, 4), low = vandq_u8(bytes, vdupq_n_u8(15));
   const uint8x16_t codes[2] = {vzip1q_u8(high, low), vzip2q_u8(high, low)};
   for (int i = 0; i < 2; ++i) {
-    const uint8x16_t b0 = vqtbl1q_u8(code.planes[0], codes[i]), b1 = vqtbl1q_u8(code.planes[1], codes[i]);
-    const uint8x16_t b2 = vqtbl1q_u8(code.planes[2], codes[i]), b3 = vqtbl1q_u8(code.planes[3], codes[i]);
+    const uint8x16_t b0 = vqtbl1q_u8(code.byte0, codes[i]), b1 = vqtbl1q_u8(code.byte1, codes[i]);
+    const uint8x16_t b2 = vqtbl1q_u8(code.byte2, codes[i]), b3 = vqtbl1q_u8(code.byte3, codes[i]);
     const uint16x8_t low01 = vreinterpretq_u16_u8(vzip1q_u8(b0, b1)), low23 = vreinterpretq_u16_u8(vzip1q_u8(b2, b3));
     const uint16x8_t high01 = vreinterpretq_u16_u8(vzip2q_u8(b0, b1));
     const uint16x8_t high23 = vreinterpretq_u16_u8(vzip2q_u8(b2, b3));
@@ -116,12 +116,12 @@ FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[8
 }
 
 struct ScaledCodebook {
-  Codebook code;
+  const Codebook* code;
   F scale;
 };
-FUSETUNE_INLINE ScaledCodebook scale_codebook(const Codebook& code, float scale) { return {code, set1(scale)}; }
+FUSETUNE_INLINE ScaledCodebook scale_codebook(const Codebook& code, float scale) { return {&code, set1(scale)}; }
 FUSETUNE_INLINE void decode32(const uint8_t* p, const ScaledCodebook& scaled, F (&out)[32 / kLanes]) {
-  decode32(p, scaled.code, out);
+  decode32(p, *scaled.code, out);
   for (F& v : out) v = mul(v, scaled.scale);
 }
 

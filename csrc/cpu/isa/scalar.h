@@ -78,12 +78,12 @@ FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[3
 }
 
 struct ScaledCodebook {
-  Codebook code;
+  const Codebook* code;
   F scale;
 };
-FUSETUNE_INLINE ScaledCodebook scale_codebook(const Codebook& code, float scale) { return {code, set1(scale)}; }
+FUSETUNE_INLINE ScaledCodebook scale_codebook(const Codebook& code, float scale) { return {&code, set1(scale)}; }
 FUSETUNE_INLINE void decode32(const uint8_t* p, const ScaledCodebook& scaled, F (&out)[32 / kLanes]) {
-  decode32(p, scaled.code, out);
+  decode32(p, *scaled.code, out);
   for (F& v : out) v = mul(v, scaled.scale);
 }
 

@@ -1,0 +1,190 @@
+// linear for a few rows of x: dot products straight from the weight's storage, lanes along the reduction.
+//
+// Tiling. A thread takes a run of weight rows, kRowsAtOnce at a time, against all m rows of x: each weight is decoded
+// once, in registers, for m FMAs, and nothing but y is written. Bytes: the weight once and in order (4096 x 4096 in 4
+// bits: 8.4 MB and 1 MB of absmax); x, 4 m k bytes, stays in L1/L2. It is copied to fp32 [k / 32][m][32]: rows of x
+// often lie a power of two apart, where they would evict each other from L1.
+#pragma once
+#include <algorithm>
+
+#include "../parallel.h"
+#include "convert.h"
+#include "rows.h"
+#include "workspace.h"
+
+namespace fusetune {
+namespace FUSETUNE_ISA {
+
+// Registers for kRowsAtOnce * m accumulators, and for the codebook: 32 on AVX-512, 16 on AVX2.
+#if defined(FUSETUNE_ISA_AVX512)
+constexpr int kGemvRows = 8, kRowsAtOnce = 2;
+#else
+constexpr int kGemvRows = 4, kRowsAtOnce = 1;
+#endif
+constexpr int kChunk = 32;  // elements per step
+constexpr int kChunkVectors = kChunk / kLanes;
+
+// Sources of weight rows. A source opens the run of a row that begins at element i, up to stop(i), and loads chunks of
+// it. 4-bit rows must be whole blocks.
+template <bool nested>
+struct Row4bit {
+  Weight4bit w;
+  Codebook code;
+  int shift, nested_shift;
+  struct Run {
+    ScaledCodebook code;
+    const uint8_t* packed;
+  };
+  int64_t stop(int64_t i) const { return i + w.blocksize; }
+  Run open(int64_t row, int64_t i) const {
+    const uint64_t first = static_cast<uint64_t>(row * w.cols);
+    const uint64_t block = (first + static_cast<uint64_t>(i)) >> shift;
+    return {scale_codebook(code, block_absmax<nested>(w, nested_shift, block)), w.packed + first / 2};
+  }
+  static void load_chunk(const Run& run, int64_t i, F (&v)[kChunkVectors]) {
+    decode32(run.packed + i / 2, run.code, v);
+  }
+  static F load_rest(const Run&, int64_t, int) { return zero(); }  // whole blocks leave no rest
+};
+template <class T>
+struct RowDense {
+  const T* data;
+  int64_t ld, k;
+  using Run = const T*;
+  int64_t stop(int64_t) const { return k; }
+  Run open(int64_t row, int64_t) const { return data + row * ld; }
+  static void load_chunk(Run run, int64_t i, F (&v)[kChunkVectors]) {
+    for (int j = 0; j < kChunkVectors; ++j) v[j] = load(run + i + j * kLanes);
+  }
+  static F load_rest(Run run, int64_t i, int n) { return load_part(run + i, n); }
+};
+
+struct GemvArgs {
+  int64_t n, k;
+  const float* x;  // [k / kChunk rounded up][m][kChunk], zeros at the end
+  const float* bias;
+  const float* left;  // [m, rank], scaled
+  const float* right;
+  int64_t rank;
+  MutMatrix y;
+};
+
+// y[0 .. m)[row .. row + rows)
+template <int m, int rows, class Source>
+static void dot_rows(const Source& source, const GemvArgs& args, int64_t row) {
+  // Enough independent chains to cover the latency of the FMA.
+  constexpr int chains = std::min(kChunkVectors, std::max(1, 8 / (m * rows)));
+  F acc[rows][m][chains];
+  for (auto& of_row : acc) {
+    for (auto& of_m : of_row) {
+      for (F& v : of_m) v = zero();
+    }
+  }
+  const float* x = args.x;
+  const auto multiply = [&](const F(&v)[rows][kChunkVectors]) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kChunkVectors; ++j) {
+#pragma GCC unroll 8
+      for (int s = 0; s < m; ++s) {
+        const F from_x = load(x + s * kChunk + j * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) acc[r][s][j % chains] = fma(v[r][j], from_x, acc[r][s][j % chains]);
+      }
+    }
+    x += m * kChunk;
+  };
+  typename Source::Run run[rows];
+  F v[rows][kChunkVectors];
+  int64_t i = 0;
+  while (i + kChunk <= args.k) {
+    const int64_t stop = std::min(source.stop(i), args.k - kChunk + 1);
+    for (int r = 0; r < rows; ++r) run[r] = source.open(row + r, i);
+    for (; i < stop; i += kChunk) {
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) Source::load_chunk(run[r], i, v[r]);
+      multiply(v);
+    }
+  }
+  if (i < args.k) {
+    for (int r = 0; r < rows; ++r) {
+      run[r] = source.open(row + r, i);
+      for (int j = 0; j < kChunkVectors; ++j) {
+        const int64_t rest = args.k - i - j * kLanes;
+        v[r][j] = rest > 0
+                      ? Source::load_rest(run[r], i + j * kLanes, static_cast<int>(std::min<int64_t>(rest, kLanes)))
+                      : zero();
+      }
+    }
+    multiply(v);
+  }
+  for (i = 0; i < args.rank; i += kLanes) {
+    const int n = static_cast<int>(std::min<int64_t>(kLanes, args.rank - i));
+    for (int r = 0; r < rows; ++r) {
+      const F v = load_part(args.right + (row + r) * args.rank + i, n);
+      for (int s = 0; s < m; ++s) acc[r][s][0] = fma(v, load_part(args.left + s * args.rank + i, n), acc[r][s][0]);
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int s = 0; s < m; ++s) {
+      F sum = acc[r][s][0];
+      for (int c = 1; c < chains; ++c) sum = add(sum, acc[r][s][c]);
+      const float value = hsum(sum) + (args.bias ? args.bias[row + r] : 0.f);
+      store_floats(&value, args.y.data, args.y.dtype, s * args.y.ld + row + r, 1);
+    }
+  }
+}
+
+template <int m, class Source>
+static void gemv_rows(const Source& source, const GemvArgs& args) {
+  // A multiple of kRowsAtOnce, and at least 16 rows: about a microsecond.
+  const int64_t step = std::max<int64_t>(16, args.n / (8 * num_threads()) / kRowsAtOnce * kRowsAtOnce);
+  parallel_chunks((args.n + step - 1) / step, [&](int64_t chunk) {
+    const int64_t end = std::min((chunk + 1) * step, args.n);
+    int64_t row = chunk * step;
+    for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) dot_rows<m, kRowsAtOnce>(source, args, row);
+    for (; row < end; ++row) dot_rows<m, 1>(source, args, row);
+  });
+}
+
+template <int m = 1, class Source>
+static void gemv(int64_t rows, const Source& source, const GemvArgs& args) {
+  if (rows == m) return gemv_rows<m>(source, args);
+  if constexpr (m < kGemvRows) gemv<m + 1>(rows, source, args);
+}
+
+// Whether linear_gemv takes it.
+static inline bool gemv_fits(int64_t m, int64_t k, const Weight& w) {
+  return m > 0 && m <= kGemvRows && (!w.quantized || k % w.quantized->blocksize == 0);
+}
+
+static void linear_gemv(const Matrix& x, int64_t m, int64_t n, int64_t k, const Weight& w, const float* bias,
+                        const LowRank& tail, const MutMatrix& y) {
+  // Read by all threads.
+  const int64_t chunks = (k + kChunk - 1) / kChunk, x_size = chunks * m * kChunk;
+  float* shared = workspace(x_size + m * tail.rank);
+  const GemvArgs args{n, k, shared, bias, shared + x_size, tail.right, tail.rank, y};
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t count = std::min<int64_t>(kChunk, k - c * kChunk);
+    for (int64_t s = 0; s < m; ++s) {
+      float* dst = shared + (c * m + s) * kChunk;
+      if (count < kChunk) std::fill_n(dst, kChunk, 0.f);
+      load_floats(x.data, x.dtype, s * x.ld + c * kChunk, count, dst);
+    }
+  }
+  for (int64_t i = 0; i < m * tail.rank; ++i) shared[x_size + i] = tail.left[i] * tail.scale;
+
+  if (!w.quantized) {
+    if (w.dense.dtype == Dtype::f32)
+      return gemv(m, RowDense<float>{static_cast<const float*>(w.dense.data), w.dense.ld, k}, args);
+    if (w.dense.dtype == Dtype::f16)
+      return gemv(m, RowDense<f16>{static_cast<const f16*>(w.dense.data), w.dense.ld, k}, args);
+    return gemv(m, RowDense<bf16>{static_cast<const bf16*>(w.dense.data), w.dense.ld, k}, args);
+  }
+  const Rows rows = weight_rows(w);
+  if (w.quantized->absmax_q)
+    return gemv(m, Row4bit<true>{*w.quantized, rows.code, rows.block_shift, rows.nested_shift}, args);
+  gemv(m, Row4bit<false>{*w.quantized, rows.code, rows.block_shift, 0}, args);
+}
+
+}  // namespace FUSETUNE_ISA
+}  // namespace fusetune
