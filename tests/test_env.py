@@ -1,0 +1,100 @@
+"""What the machine's description says, and the environment variables that force a path."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fusetune import _native, env, ops
+
+
+def run(code, **variables):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | variables,
+    )
+
+
+def test_information_is_plain_and_complete():
+    info = env.information()
+    assert json.loads(json.dumps(info)) == info
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["native"]["isa"] == _native.C.isa()
+    assert info["backends"].keys() == ops.OPS.keys()
+    assert {entry["chosen"] for entry in info["backends"].values()} == {"cpu"}
+    assert info["cpu"]["threads"] == torch.get_num_threads()
+
+
+def test_description_names_backends_and_reasons():
+    text = env.describe()
+    for expected in (torch.__version__, env.cpu_name(), _native.C.isa(), "linear_4bit"):
+        assert expected in text
+    with ops.use_backend("triton"):
+        assert "no such implementation" in env.describe()
+    with ops.use_backend("reference"):
+        chosen = {entry["chosen"] for entry in env.backends("cpu").values()}
+    assert chosen == {"reference"}
+    reasons = env.backends("cuda")["linear_4bit"]["not"]
+    assert reasons == {"cpu": "the tensors are on cuda"}
+
+
+def test_the_choice_is_explained():
+    op = ops.OPS["lora_linear"]
+    explained = op.explain(ops.Case("cpu", torch.float64, torch.float32))
+    assert explained == [("cpu", "no kernel for torch.float64"), ("reference", None)]
+    assert op.select(ops.Case("cpu", torch.float32)).name == "cpu"
+    with ops.use_backend("cpu"), pytest.raises(ValueError, match="the tensors are on meta"):
+        op.select(ops.Case("meta", torch.float32))
+
+
+SHOW = "import torch; from fusetune import ops, _native; print(ops.backend(), ops.decode_int16())"
+
+
+def test_environment_forces_the_backend():
+    assert run(SHOW).stdout.split() == ["auto", "False"]
+    forced = run(SHOW, FUSETUNE_BACKEND="reference", FUSETUNE_DECODE_INT16="1")
+    assert forced.stdout.split() == ["reference", "True"]
+    wrong = run(SHOW, FUSETUNE_BACKEND="gpu")
+    assert "FUSETUNE_BACKEND must be one of ('auto', 'reference'" in wrong.stderr
+
+
+def test_environment_forces_the_instruction_set():
+    show = "from fusetune import _native; print(_native.C.isa() if _native.C else _native.reason)"
+    assert run(show, FUSETUNE_CPU_ISA="scalar").stdout.strip() == "scalar"
+    assert "FUSETUNE_CPU_ISA" in run(show, FUSETUNE_CPU_ISA="mmx").stdout
+
+
+def test_without_the_native_module_everything_runs_on_the_reference():
+    code = """
+import sys
+sys.modules["fusetune._C"] = None
+import torch
+from fusetune import env, ops
+w = ops.quantize_4bit(torch.randn(8, 64), double_quant=True)
+x = torch.randn(2, 64, requires_grad=True)
+ops.lora_linear(x, w, torch.randn(2, 64), torch.randn(8, 2), 1.0, dropout_p=0.1).sum().backward()
+ops.linear_4bit(x, w).sum().backward()
+print(env.describe())
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert "could not be imported" in result.stdout
+    assert "linear_4bit             reference" in result.stdout
+
+
+def test_forcing_an_instruction_set_from_python():
+    try:
+        ops.set_isa("scalar")
+        assert _native.C.isa() == "scalar"
+        with pytest.raises(ValueError, match="'mmx' is not available"):
+            ops.set_isa("mmx")
+        assert _native.C.isa() == "scalar"
+    finally:
+        ops.set_isa("auto")
+    assert _native.C.isa() == _native.C.available_isas()[0]
