@@ -56,6 +56,14 @@ def set_isa(name: str) -> None:
         op.forget()
 
 
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a kernel to write: on the CPU whatever the default device is, and real."""
+    out = torch.empty(shape, dtype=dtype, device=_CPU)
+    if type(out) is not torch.Tensor:
+        raise RuntimeError(f"a kernel cannot write to a {type(out).__name__}: some mode is active")
+    return out
+
+
 def matrix(rows: torch.Tensor) -> tuple[int, int, int]:
     """(address, distance of rows in elements, dtype) of a matrix with contiguous rows."""
     return rows.data_ptr(), rows.stride(0), DTYPE_CODES[rows.dtype]
@@ -99,7 +107,7 @@ def dropout(p: float, seed: torch.Tensor | None) -> tuple[int, int, float] | Non
 
 def fp32(tensor: torch.Tensor) -> torch.Tensor:
     """A small parameter as the kernels take it: fp32 and contiguous. Itself where it is so."""
-    return tensor.detach().float().contiguous()
+    return tensor.detach().resolve_neg().float().contiguous()
 
 
 def linear(
@@ -112,7 +120,7 @@ def linear(
 ) -> torch.Tensor:
     """rows [M, K] . w^T + bias (+ tail), in rows' dtype. bias: fp32, contiguous."""
     m, k = rows.shape
-    y = torch.empty(m, n, dtype=rows.dtype)
+    y = empty(m, n, dtype=rows.dtype)
     quantized, dense = weight(w)
     address = 0 if bias is None else bias.data_ptr()
     c = kernels()

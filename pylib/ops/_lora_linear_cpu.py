@@ -31,9 +31,10 @@ def _torch_multiplies(rows: Tensor, weight: Weight) -> bool:
 
 def _with_contiguous_rows(weight: Weight) -> Weight:
     """A copy of a dense weight where kernels cannot read it in place; itself otherwise."""
-    if isinstance(weight, Tensor) and weight.stride(1) != 1:
-        return weight.contiguous()
-    return weight
+    if not isinstance(weight, Tensor):
+        return weight
+    weight = weight.resolve_neg()
+    return weight if weight.stride(1) == 1 else weight.contiguous()
 
 
 def _sum_biases(bias: Tensor | None, lora_bias: Tensor | None, scaling: float) -> Tensor | None:
@@ -48,7 +49,7 @@ def _shrink(rows: Tensor, lora_A: Tensor, p: float, seed: Tensor | None) -> Tens
     """s = drop(rows) lora_A^T, fp32 [M, r]."""
     m, k = rows.shape
     r = lora_A.shape[0]
-    s = torch.empty(m, r, dtype=torch.float32)
+    s = _cpu.empty(m, r, dtype=torch.float32)
     _cpu.kernels().lora_shrink(
         _cpu.matrix(rows), m, k, lora_A.data_ptr(), r, _cpu.dropout(p, seed), s.data_ptr()
     )
@@ -97,14 +98,14 @@ def _backward(
     (m, n), k, r = dy.shape, rows.shape[1], a.shape[0]
     c = _cpu.kernels()
     dropout = _cpu.dropout(dropout_p, seed)
-    ds = torch.empty(m, r, dtype=torch.float32)
-    dB = torch.empty(n, r, dtype=torch.float32)
+    ds = _cpu.empty(m, r, dtype=torch.float32)
+    dB = _cpu.empty(n, r, dtype=torch.float32)
     c.lora_ds_db(
         _cpu.matrix(dy), m, n, b.data_ptr(), s.data_ptr(), r, scaling, ds.data_ptr(), dB.data_ptr()
     )
     dx = dA = None
     if need_dA:
-        dA = torch.empty(r, k, dtype=torch.float32)
+        dA = _cpu.empty(r, k, dtype=torch.float32)
         c.lora_da(_cpu.matrix(rows), m, k, ds.data_ptr(), r, dropout, dA.data_ptr())
         dA = dA.to(lora_A.dtype)
     if need_dx:
@@ -135,7 +136,7 @@ def _kernel_dx(
 ) -> Tensor:
     """dy[:, :n] weight[:n] + drop'(ds lora_A): the last term alone for n = 0."""
     r, k = a.shape
-    dx = torch.empty(dy.shape[0], k, dtype=dy.dtype)
+    dx = _cpu.empty(dy.shape[0], k, dtype=dy.dtype)
     tail = (ds.data_ptr(), a.data_ptr(), r, 1.0)
     _cpu.kernels().linear_dx(
         _cpu.matrix(dy), dy.shape[0], n, k, *_cpu.weight(weight), tail, dropout, _cpu.matrix(dx)

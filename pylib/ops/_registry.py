@@ -143,9 +143,14 @@ def set_decode_int16(enabled: bool) -> None:
 
 
 def plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is an ordinary one, whose memory a kernel may be given.
+    """Whether a kernel may be given the tensor's memory at once.
 
-    Others (fake tensors, tensor subclasses) go through the dispatcher.
+    Otherwise (fake tensors, subclasses, layouts other than strided, or a mode that wants to see
+    every op) the call goes through the dispatcher.
     """
     kind = type(tensor)
-    return kind is torch.Tensor or kind is torch.nn.Parameter
+    return (
+        (kind is torch.Tensor or kind is torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and not torch._C._len_torch_dispatch_stack()
+    )

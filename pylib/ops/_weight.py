@@ -60,6 +60,7 @@ def unflatten(arguments: tuple[Any, ...]) -> Weight:
 
 def as_rows(x: torch.Tensor, k: int) -> torch.Tensor:
     """x [..., K] as a matrix [M, K] whose rows are contiguous. Copies only where it has to."""
+    x = x.resolve_neg()
     if x.dim() == 2 and x.stride(1) == 1:
         return x
     if k == 0:

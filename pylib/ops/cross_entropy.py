@@ -68,14 +68,14 @@ def _check_arguments(
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
-# --- implementations ------------------------------------------------------------------------------
+# --- implementations ---- -------------------------------------------------------------------------
 
 
 def _cpu_forward(
     logits: torch.Tensor, target: torch.Tensor, ignore_index: int, label_smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     m, v = logits.shape
-    loss, lse = torch.empty(m), torch.empty(m)
+    loss, lse = (_cpu.empty(m, dtype=torch.float32) for _ in range(2))
     target = target.contiguous()
     bad = _cpu.kernels().cross_entropy(
         _cpu.matrix(logits),
@@ -103,7 +103,7 @@ def _cpu_backward(
     label_smoothing: float,
 ) -> torch.Tensor:
     m, v = logits.shape
-    dlogits = torch.empty(m, v, dtype=logits.dtype)
+    dlogits = _cpu.empty(m, v, dtype=logits.dtype)
     dloss, target = dloss.contiguous(), target.contiguous()
     _cpu.kernels().cross_entropy_backward(
         _cpu.matrix(logits),
@@ -167,7 +167,7 @@ def _backward(
     return dlogits
 
 
-# --- autograd, eager ------------------------------------------------------------------------------
+# --- autograd, eager ---- -------------------------------------------------------------------------
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -64,7 +64,7 @@ def _cpu_linear(
 
 def _cpu_dx(rows: torch.Tensor, w: QuantizedWeight) -> torch.Tensor:
     m, n = rows.shape
-    dx = torch.empty(m, w.shape[1], dtype=rows.dtype)
+    dx = _cpu.empty(m, w.shape[1], dtype=rows.dtype)
     _cpu.kernels().linear_dx(
         _cpu.matrix(rows), m, n, w.shape[1], _cpu.weight_4bit(w), None, None, None, _cpu.matrix(dx)
     )

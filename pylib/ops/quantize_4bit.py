@@ -37,7 +37,7 @@ def quantize_4bit(
         raise ValueError(f"quant_type must be one of {QUANT_TYPES}, got {quant_type!r}")
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize!r}")
-    weight = weight.detach()
+    weight = weight.detach().resolve_neg()
     run = _run if plain(weight) and not torch.compiler.is_compiling() else _op
     packed, absmax = run(weight, quant_type, blocksize)
     fields: dict[str, object] = {"packed": packed, "absmax": absmax}
@@ -67,8 +67,8 @@ def _cpu_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     flat = weight.contiguous()
     n = flat.numel()
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32)
+    packed = _cpu.empty((n + 1) // 2, dtype=torch.uint8)
+    absmax = _cpu.empty(-(-n // blocksize), dtype=torch.float32)
     _cpu.kernels().quantize_4bit(
         flat.data_ptr(),
         _cpu.DTYPE_CODES[flat.dtype],

@@ -41,10 +41,20 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 
 
-@cache
+_ON_CPU = {
+    name: torch.tensor(values, dtype=torch.float32, device="cpu")
+    for name, values in (("nf4", NF4), ("fp4", FP4))
+}
+
+
 def codebook(quant_type: str, device: torch.device) -> torch.Tensor:
-    """The 16 values of a 4-bit format, fp32, indexed by code."""
-    return torch.tensor(NF4 if quant_type == "nf4" else FP4, dtype=torch.float32, device=device)
+    """The 16 values of a 4-bit format, fp32, indexed by code. Not to be written to."""
+    return _ON_CPU[quant_type] if device.type == "cpu" else _on_device(quant_type, device)
+
+
+@cache
+def _on_device(quant_type: str, device: torch.device) -> torch.Tensor:
+    return _ON_CPU[quant_type].to(device)
 
 
 @cache

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close, assert_same
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
@@ -376,6 +377,40 @@ def test_x_and_dense_weight_of_different_dtypes(backend, m, dtypes):
         exact = ops.lora_linear(**to_float64(arguments))
         magnitude = ops.lora_linear(**absolute(to_float64(arguments)))
     assert_close("y", y, exact, exact.to(dtypes[0]), magnitude)
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_negated_views_are_read_as_what_they_stand_for(backend, kind):
+    arguments = make(3, 9, 70, 2, kind=kind)
+    negated = {
+        name: torch._neg_view(-value) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+    assert_same(ops.lora_linear(**negated), ops.lora_linear(**arguments))
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_default_device_and_dtype_do_not_matter(backend, kind):
+    arguments = make(3, 9, 70, 2, kind=kind)
+    expected = ops.lora_linear(**arguments)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        assert torch.equal(ops.lora_linear(**arguments), expected)
+        assert ops.lora_linear(**arguments, dropout_p=0.5).dtype == torch.float32
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_modes_that_watch_ops_see_ours(backend, kind):
+    """A mode may replace memory by fakes: then no kernel may be handed an address."""
+    arguments = make(3, 9, 70, 2, kind=kind)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y = ops.lora_linear(**arguments, dropout_p=0.5)
+    assert isinstance(y, FakeTensor)
+    assert y.shape == (3, 9)
 
 
 @pytest.mark.parametrize(
