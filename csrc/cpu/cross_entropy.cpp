@@ -12,7 +12,6 @@
 #include "../parallel.h"
 #include "exp.h"
 #include "isa_kernels.h"
-#include "pages.h"
 
 namespace fusetune::FUSETUNE_ISA {
 
@@ -126,7 +125,6 @@ void cross_entropy_backward(const Matrix& logits, int64_t m, int64_t v, const in
                             float smoothing, const float* lse, const float* dloss, const MutMatrix& dlogits) {
   with_type(logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    advise_huge_pages(dlogits.data, static_cast<size_t>(m * dlogits.ld) * sizeof(T));
     for_rows(m, v, [&](int64_t row) {
       const T* x = static_cast<const T*>(logits.data) + row * logits.ld;
       T* dx = static_cast<T*>(dlogits.data) + row * dlogits.ld;
