@@ -1,10 +1,10 @@
 """Builds fusetune._C: host C++ compiled once per instruction set, chosen at run time.
 
-Python packages are mapped from their folders: pylib -> fusetune, kernels/triton -> fusetune._triton.
-(`kernels/` itself is not a package: it would shadow Hugging Face's `kernels`.)
+Python packages are mapped from their folders: pylib -> fusetune, kernels/triton ->
+fusetune._triton. (`kernels/` itself is not a package: it would shadow Hugging Face's `kernels`.)
 
-Environment: CXX the compiler; MAX_JOBS compilers at once (default: all cores); FUSETUNE_CXXFLAGS and
-FUSETUNE_LDFLAGS more flags; FUSETUNE_TARGET_MACHINE (x86_64, aarch64) for a cross compiler.
+Environment: CXX the compiler; MAX_JOBS compilers at once (default: all cores); FUSETUNE_CXXFLAGS
+and FUSETUNE_LDFLAGS more flags; FUSETUNE_TARGET_MACHINE (x86_64, aarch64) for a cross compiler.
 """
 
 import os
@@ -34,7 +34,9 @@ ISAS = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM
 ONCE = {"dispatch.cpp"}
 # -ffp-contract=off: results that must equal another implementation's bit for bit may not depend on
 # where the compiler saw a chance for an FMA; kernels ask for one where they want it.
-CXXFLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# -g0: CPython's own flags ask for debug information, ten times the size of the code.
+CXXFLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
+CXXFLAGS += ["-Wall", "-Wextra"]
 
 
 def compile_jobs():

@@ -129,7 +129,7 @@ void bind_runtime(py::module_& m) {
     const auto run = built(kernels().fma_peak, "fma_peak");
     py::gil_scoped_release no_gil;
     return run(seconds);
-  }, "float32 FMA peak of all threads in flop/s, measured for about `seconds`.");
+  }, "float32 FMA peak of the calling core in GF/s, measured for about `seconds`.");
 }
 
 void bind_4bit(py::module_& m) {

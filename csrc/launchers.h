@@ -1,6 +1,6 @@
-// Launchers of the CUDA kernels in csrc/cuda, called by bindings.cpp: plain functions on device pointers and a
-// stream, in the style of cpu/kernels.h. setup.py compiles csrc/cuda/*.cu and defines FUSETUNE_HAS_CUDA where it
-// finds nvcc and such files.
+// The place of the GPU kernels' launchers: plain functions on device pointers and a stream, in the style of
+// cpu/kernels.h, defined in csrc/cuda/*.cu and called by bindings.cpp. There are none yet: whoever adds the first
+// has setup.py compile that folder where it finds nvcc, and define FUSETUNE_HAS_CUDA then.
 #pragma once
 
 namespace fusetune {

@@ -3,10 +3,9 @@
 // Tiling: one task is about 64 Ki elements of whole blocks; 32 elements (16 bytes) a step. Results above 4 MB are
 // written past the caches, as far as the stores are aligned: a normal store would first read the line it overwrites.
 // Bytes per element: 0.5 + 4 / blocksize read, 4 (or 2) written; at 4096 x 4096 to fp32, block 64: 8.4 + 1.0 + 67.1 MB.
-#include "isa/isa.h"
 #include "isa_kernels.h"
-#include "pages.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace fusetune {
 namespace FUSETUNE_ISA {
@@ -33,11 +32,6 @@ void stream(T* p, F v) {
 }
 void end_stream() {}
 #endif
-
-float absmax_of_block(const Weight4bit& w, int64_t block) {
-  if (!w.absmax_q) return w.absmax[block];
-  return w.nested_code[w.absmax_q[block]] * w.nested_absmax[block / w.nested_blocksize] + w.nested_offset;
-}
 
 template <bool streaming, class T>
 void decode_block(const Codebook& code, const uint8_t* packed, F absmax, int64_t n, T* out) {
@@ -68,15 +62,17 @@ void dequantize(const Weight4bit& w, T* out) {
   const int64_t blocks_per_task = 65536 / w.blocksize;
   const bool streaming = n * static_cast<int64_t>(sizeof(T)) > kStreamBytes &&
                          reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(T)) == 0;
+  const int nested_shift = w.absmax_q ? __builtin_ctzll(static_cast<unsigned long long>(w.nested_blocksize)) : 0;
   const Codebook code = make_codebook(w.code);
-  advise_huge_pages(out, static_cast<size_t>(n) * sizeof(T));
   parallel_chunks((blocks + blocks_per_task - 1) / blocks_per_task, [&](int64_t task) {
     const int64_t end = (task + 1) * blocks_per_task < blocks ? (task + 1) * blocks_per_task : blocks;
     for (int64_t b = task * blocks_per_task; b < end; ++b) {
       const int64_t first = b * w.blocksize, count = n - first < w.blocksize ? n - first : w.blocksize;
       const int64_t whole = count - count % 32;
       const uint8_t* packed = w.packed + first / 2;
-      const float absmax = absmax_of_block(w, b);
+      const uint64_t block = static_cast<uint64_t>(b);
+      const float absmax =
+          w.absmax_q ? block_absmax<true>(w, nested_shift, block) : block_absmax<false>(w, 0, block);
       streaming ? decode_block<true>(code, packed, set1(absmax), whole, out + first)
                 : decode_block<false>(code, packed, set1(absmax), whole, out + first);
       decode_rest(w.code, packed + whole / 2, absmax, count - whole, out + first + whole);

@@ -100,7 +100,7 @@ struct Kernels {
                                  const MutMatrix& dlogits);
   // out [M, K] = x [M, K] with the dropout of `dropout` applied (for tests).
   void (*dropout)(const Matrix& x, int64_t m, int64_t k, const Dropout& dropout, const MutMatrix& out);
-  // fp32 FMA peak of all threads together in flop/s, measured for about `seconds`: what benchmarks divide by.
+  // fp32 FMA peak of the calling core in GF/s, measured for about `seconds`: what benchmarks divide by.
   double (*fma_peak)(double seconds);
 };
 
