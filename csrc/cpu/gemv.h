@@ -69,6 +69,20 @@ struct GemvArgs {
   MutMatrix y;
 };
 
+// y[0 .. m)[row] = sums, summed over their lanes, + bias + tail.
+template <int m>
+FUSETUNE_INLINE void finish_row(const GemvArgs& args, int64_t row, F (&sums)[m]) {
+  for (int64_t i = 0; i < args.rank; i += kLanes) {
+    const int n = static_cast<int>(std::min<int64_t>(kLanes, args.rank - i));
+    const F v = load_part(args.right + row * args.rank + i, n);
+    for (int s = 0; s < m; ++s) sums[s] = fma(v, load_part(args.left + s * args.rank + i, n), sums[s]);
+  }
+  for (int s = 0; s < m; ++s) {
+    const float value = hsum(sums[s]) + (args.bias ? args.bias[row] : 0.f);
+    store_floats(&value, args.y.data, args.y.dtype, s * args.y.ld + row, 1);
+  }
+}
+
 // y[0 .. m)[row .. row + rows)
 template <int m, int rows, class Source>
 static void dot_rows(const Source& source, const GemvArgs& args, int64_t row) {
@@ -117,20 +131,13 @@ static void dot_rows(const Source& source, const GemvArgs& args, int64_t row) {
     }
     multiply(v);
   }
-  for (i = 0; i < args.rank; i += kLanes) {
-    const int n = static_cast<int>(std::min<int64_t>(kLanes, args.rank - i));
-    for (int r = 0; r < rows; ++r) {
-      const F v = load_part(args.right + (row + r) * args.rank + i, n);
-      for (int s = 0; s < m; ++s) acc[r][s][0] = fma(v, load_part(args.left + s * args.rank + i, n), acc[r][s][0]);
-    }
-  }
   for (int r = 0; r < rows; ++r) {
+    F sums[m];
     for (int s = 0; s < m; ++s) {
-      F sum = acc[r][s][0];
-      for (int c = 1; c < chains; ++c) sum = add(sum, acc[r][s][c]);
-      const float value = hsum(sum) + (args.bias ? args.bias[row + r] : 0.f);
-      store_floats(&value, args.y.data, args.y.dtype, s * args.y.ld + row + r, 1);
+      sums[s] = acc[r][s][0];
+      for (int c = 1; c < chains; ++c) sums[s] = add(sums[s], acc[r][s][c]);
     }
+    finish_row(args, row + r, sums);
   }
 }
 

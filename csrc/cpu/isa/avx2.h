@@ -150,6 +150,46 @@ FUSETUNE_INLINE void decode32(const uint8_t* p, const ScaledCodebook& scaled, F 
   for (F& v : out) v = mul(v, scaled.scale);
 }
 
+// 64 values in 16-bit fixed point: the high nibbles of 32 bytes, then the low ones, each in the order that unpacking
+// the two byte planes gives.
+#define FUSETUNE_HAS_INT16 1
+constexpr int kWordVectors = 4;
+struct WordCodebook {
+  U low, high;
+};
+FUSETUNE_INLINE WordCodebook make_word_codebook(const int16_t* values) {
+  alignas(16) uint8_t low[16], high[16];
+  for (int i = 0; i < 16; ++i) {
+    low[i] = static_cast<uint8_t>(values[i]);
+    high[i] = static_cast<uint8_t>(values[i] >> 8);
+  }
+  return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low))),
+          _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(high)))};
+}
+FUSETUNE_INLINE int word_element(int position) {
+  const int vector = position / 16, word = position % 16;
+  const int byte = word % 8 + word / 8 * 16 + vector % 2 * 8;
+  return 2 * byte + vector / 2;
+}
+FUSETUNE_INLINE void decode_words(const uint8_t* p, const WordCodebook& code, U (&out)[kWordVectors]) {
+  const U bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), mask = _mm256_set1_epi8(15);
+  const U first = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), second = _mm256_and_si256(bytes, mask);
+  const U low0 = _mm256_shuffle_epi8(code.low, first), high0 = _mm256_shuffle_epi8(code.high, first);
+  const U low1 = _mm256_shuffle_epi8(code.low, second), high1 = _mm256_shuffle_epi8(code.high, second);
+  out[0] = _mm256_unpacklo_epi8(low0, high0);
+  out[1] = _mm256_unpackhi_epi8(low0, high0);
+  out[2] = _mm256_unpacklo_epi8(low1, high1);
+  out[3] = _mm256_unpackhi_epi8(low1, high1);
+}
+FUSETUNE_INLINE F dot_words(const U (&w)[kWordVectors], const int16_t* x) {
+  U sum = _mm256_setzero_si256();
+  for (int v = 0; v < kWordVectors; ++v) {
+    const U from_x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 16 * v));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w[v], from_x));
+  }
+  return _mm256_cvtepi32_ps(sum);
+}
+
 FUSETUNE_INLINE void transpose(F (&v)[8]) {
   F t[8];
   for (int i = 0; i < 8; i += 4) {

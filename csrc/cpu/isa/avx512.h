@@ -118,6 +118,26 @@ FUSETUNE_INLINE ScaledCodebook scale_codebook(const Codebook& code, float scale)
   return {_mm512_mul_ps(code.values, _mm512_set1_ps(scale))};
 }
 
+// 64 values in 16-bit fixed point: the high nibbles of 32 bytes, then the low ones.
+#define FUSETUNE_HAS_INT16 1
+constexpr int kWordVectors = 2;
+struct WordCodebook {
+  U values;  // twice over: vpermw reads five bits of a byte's four
+};
+FUSETUNE_INLINE WordCodebook make_word_codebook(const int16_t* values) {
+  return {_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)))};
+}
+FUSETUNE_INLINE int word_element(int position) { return position < 32 ? 2 * position : 2 * position - 63; }
+FUSETUNE_INLINE void decode_words(const uint8_t* p, const WordCodebook& code, U (&out)[kWordVectors]) {
+  const U bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  out[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), code.values);
+  out[1] = _mm512_permutexvar_epi16(bytes, code.values);
+}
+FUSETUNE_INLINE F dot_words(const U (&w)[kWordVectors], const int16_t* x) {
+  return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_madd_epi16(w[0], _mm512_loadu_si512(x)),
+                                             _mm512_madd_epi16(w[1], _mm512_loadu_si512(x + 32))));
+}
+
 FUSETUNE_INLINE void transpose(F (&v)[16]) {
   F t[16];
   for (int i = 0; i < 16; i += 4) {  // 4 x 4 blocks within each 128-bit lane

@@ -14,6 +14,9 @@
 //   store_u8(p, U)                 the low byte of each lane
 //   decode32(p, codebook, out)     16 bytes -> 32 codebook values in order, in 32 / kLanes vectors
 //   scale_codebook(codebook, absmax)  the codebook of a block: decode32 with it gives value * absmax
+//   decode_words dot_words           64 values in 16-bit fixed point (x86 only: FUSETUNE_HAS_INT16), for the dot
+//   product
+//                                  with 64 words of x stored in the order of word_element
 //   transpose(v)                   kLanes x kLanes in place
 //
 // Kernels that come in two vector widths are templates over Wide or Narrow: the few operations a register tile
