@@ -4,7 +4,8 @@
     python -m benchmarks.readme --demo demo_output    takes over a demo's report and picture first
     python -m benchmarks.readme --check               exit code 1 when README.md is out of date
 
-A table stands between <!-- results:NAME --> and <!-- end -->, NAME an op or "demo".
+A table stands between <!-- results:NAME --> and <!-- end -->, NAME an op, "demo", or "report" for
+what `fuse` says of a small model.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import fusetune
 from fusetune.bench import table
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +49,23 @@ def main() -> int:
 
 
 def section(name: str) -> str:
+    if name == "report":
+        return f"```text\n{fuse_report()}\n```\n"
     return demo_table() if name == "demo" else op_tables(name)
+
+
+def fuse_report() -> str:
+    """A LLaMA with LoRA on two of its linear layers and, which is not fused, on its embedding."""
+    import peft
+    import transformers
+
+    size = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64}
+    config = transformers.LlamaConfig(**size, num_hidden_layers=30, num_attention_heads=4)
+    lora = peft.LoraConfig(
+        target_modules=["q_proj", "v_proj", "embed_tokens"], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+    return str(fusetune.fuse(model))
 
 
 def op_tables(op: str) -> str:

@@ -40,7 +40,7 @@ def test_report(finished):
     report = json.loads((out / "report.json").read_text())
     assert len(report["training"]["losses"]) == 20
     assert report["comparison"]["agrees"]
-    # The comparison leaves the model as it was. (lora_B is 0 at first: dropout makes no difference.)
+    # The comparison leaves the model as it was. (lora_B is 0 at first: dropout changes nothing.)
     assert report["comparison"]["losses"]["fused"] == report["training"]["losses"][:1]
     assert report["adapter_check"]["agrees"]
     assert report["training"]["eval_loss_after"] < report["training"]["eval_loss_before"]

@@ -1,0 +1,42 @@
+"""`pip install .`: the wheel holds all of the package, native module included."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = """
+import torch, fusetune
+from fusetune import _native
+assert fusetune.__file__.startswith({folder!r}), fusetune.__file__
+assert _native.C is not None, _native.reason
+with fusetune.ops.use_backend("cpu"):
+    w = fusetune.ops.quantize_4bit(torch.randn(64, 128), double_quant=True)
+    y = fusetune.ops.linear_4bit(torch.randn(3, 128), w)
+assert y.shape == (3, 64)
+import fusetune.cli, fusetune.demo, fusetune.integrations.peft
+print(*_native.C.available_isas())
+"""
+
+
+def test_wheel_works_elsewhere(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    subprocess.run([*command, "-w", str(tmp_path), str(ROOT)], check=True)
+    (wheel,) = tmp_path.glob("fusetune-*.whl")
+    folder = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+        names = archive.namelist()
+    assert "fusetune/py.typed" in names
+    assert not any(n.startswith(("tests/", "csrc/", "benchmarks/", "pylib/")) for n in names)
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(folder=str(folder))],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "scalar" in result.stdout
