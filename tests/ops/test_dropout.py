@@ -34,9 +34,9 @@ def test_philox_known_answers(counter, key, words):
 
 
 def test_keep_rate_and_independence():
-    n = 1 << 18
-    for p in (0.05, 0.1, 0.5, 0.9):
-        one, other = (reference.keep_mask(512, n // 512, p, seed_of(s)).double() for s in (1, 2))
+    n = 1 << 16
+    for p in (0.05, 0.5, 0.9):
+        one, other = (reference.keep_mask(256, n // 256, p, seed_of(s)).double() for s in (1, 2))
         # A count of n draws has standard deviation sqrt(n p (1 - p)); five of them: 6e-7 by chance.
         bound = 5 * math.sqrt(p * (1 - p) / n)
         assert abs(one.mean() - (1 - p)) < bound

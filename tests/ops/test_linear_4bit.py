@@ -142,8 +142,8 @@ def test_any_shape(m, n, k, kind, dtype, seed):
 
 
 def test_gradients_numerically():
-    w = make(5, 70)
-    x = torch.randn(3, 70, dtype=torch.float64, requires_grad=True)
+    w = make(5, 11)
+    x = torch.randn(3, 11, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, b: ops.linear_4bit(x, w, b), (x, bias))
 

@@ -42,13 +42,12 @@ def assert_equals_bnb(weight, quant_type, blocksize, double_quant):
     return ours, packed, state
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_quantised_bits_equal_bitsandbytes(backend, quant_type, blocksize, dtype, double_quant):
-    for shape in SHAPES:
-        assert_equals_bnb(torch.randn(shape).to(dtype), quant_type, blocksize, double_quant)
+def test_quantised_bits_equal_bitsandbytes(backend, quant_type, blocksize, dtype):
+    for i, shape in enumerate(SHAPES):
+        assert_equals_bnb(torch.randn(shape).to(dtype), quant_type, blocksize, i % 2 == 0)
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
@@ -87,17 +86,16 @@ def test_any_size_equals_bitsandbytes(n, blocksize, scale, seed):
 def test_dequantised_values_equal_bitsandbytes(backend, quant_type, blocksize, out_dtype):
     # Rows of whole blocks, or of no multiple of 16: between them the AVX-512 kernel of
     # bitsandbytes 0.50.2 takes the wrong absmax (see the next test for those shapes).
-    for shape in ((8, 4096), (130, 82), (4098,)):
-        for double_quant in (False, True):
-            weight = torch.randn(shape)
-            w, packed, state = assert_equals_bnb(weight, quant_type, blocksize, double_quant)
-            state.dtype = out_dtype
-            with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles its fallback
-                theirs = bnb.dequantize_4bit(packed, state)
-            assert torch.equal(ops.dequantize_4bit(w, out_dtype), theirs.view(shape))
-            out = torch.full(shape, torch.nan, dtype=out_dtype)
-            assert ops.dequantize_4bit(w, out=out) is out
-            assert torch.equal(out, theirs.view(shape))
+    for shape, double_quant in (((2, 4096), True), ((130, 82), False)):
+        weight = torch.randn(shape)
+        w, packed, state = assert_equals_bnb(weight, quant_type, blocksize, double_quant)
+        state.dtype = out_dtype
+        with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles its fallback
+            theirs = bnb.dequantize_4bit(packed, state)
+        out = torch.full(shape, torch.nan, dtype=out_dtype)
+        assert ops.dequantize_4bit(w, out=out) is out
+        assert torch.equal(ops.dequantize_4bit(w, out_dtype), theirs)
+        assert torch.equal(out, theirs)
 
 
 @pytest.mark.parametrize("shape", [(3, 7), (129, 65), (64, 48), (2, 3, 33)])
