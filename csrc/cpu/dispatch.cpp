@@ -80,7 +80,8 @@ const Kernels* from_environment() {
   const char* isa = std::getenv("FUSETUNE_CPU_ISA");
   if (!isa || !*isa) isa = "auto";
   if (const Kernels* k = find(isa)) return k;
-  std::string message = std::string("FUSETUNE_CPU_ISA=") + isa + ": " + isa_unavailable_reason(isa) + "; available: auto";
+  std::string message = std::string("FUSETUNE_CPU_ISA=") + isa + ": " + isa_unavailable_reason(isa);
+  message += "; available: auto";
   for (const Kernels* const* k = available_kernels(); *k; ++k) message += std::string(", ") + (*k)->isa;
   throw std::invalid_argument(message);
 }

@@ -3,6 +3,8 @@
 // Tiling: one task is about 64 Ki elements of whole blocks; a block (at most 4096 elements, 16 KB) is read twice, the
 // second time from L1: once for its absmax, once to encode it. fp16 and bf16 blocks are widened into a 16 KB buffer.
 // Bytes per element: 4 (or 2) read, 0.5 + 4 / blocksize written; at 4096 x 4096 fp32, block 64: 67.1 + 8.4 + 1.0 MB.
+// Measured there, one Zen 4 core: 7.9 ms (AVX-512), 12.9 ms (AVX2); reading the weight alone (a sum) takes 2.7 ms, the
+// search through the boundaries is the rest.
 //
 // What has to be the same bit for bit: a whole block is scaled by the fp32 reciprocal of max(absmax, 1e-38), and its
 // absmax is stored as it is; the last, partial block is divided by max(absmax, 1e-38), and that is stored. NaN in a

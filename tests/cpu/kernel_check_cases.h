@@ -71,7 +71,8 @@ void for_linear_cases(const F& f) {
     for (Dtype dtype : kDtypes) {
       for (bool nested : {false, true}) {
         const Quantized q(n, k, 64, nested);
-        f(m, n, k, rank, dtype, Weight{&q.w, {}}, q.values(), describe(m, n, k, rank, dtype) + (nested ? " nested" : ""));
+        f(m, n, k, rank, dtype, Weight{&q.w, {}}, q.values(),
+          describe(m, n, k, rank, dtype) + (nested ? " nested" : ""));
       }
       Stored dense(n, k, dtype);
       dense.randomize();
