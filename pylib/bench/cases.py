@@ -133,7 +133,7 @@ def lora_linear(
         return torch.autograd.grad(forward(x), [x, *params], dy.to(x.dtype))
 
     def fused(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Result:
-        options = {"dropout_p": dropout, "training": train}
+        options: dict[str, Any] = {"dropout_p": dropout, "training": train}
         return layer(lambda x: ops.lora_linear(x, weight, a, b, scaling, **options), x, [a, b])
 
     peers: dict[str, Run] = {}
@@ -194,7 +194,8 @@ def peft_layer(
     config = LoraConfig(
         r=rank, lora_alpha=int(scaling * rank), lora_dropout=dropout, target_modules=["0"]
     )
-    layer: Any = inject_adapter_in_model(config, torch.nn.Sequential(base))[0]
+    model: Any = inject_adapter_in_model(config, torch.nn.Sequential(base))
+    layer = model[0]
     for target, value in ((layer.lora_A, a), (layer.lora_B, b)):
         target["default"].weight = torch.nn.Parameter(value.detach().clone(), requires_grad=train)
     layer.train(train)

@@ -103,7 +103,7 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     screen.show_comparison(console, saved["comparison"])
 
     screen.heading(console, "Training, fused")
-    console.print(str(fusetune.fuse(model)), highlight=False, markup=False)
+    screen.show_report(console, fusetune.fuse(model))
 
     def held_out_loss() -> float:
         rounds = -(-len(test) // settings.batch_size)

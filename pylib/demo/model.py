@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import logging
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,10 @@ def dense_from_gguf(gguf: Path, folder: Path) -> None:
     """Dequantises a GGUF file into a plain checkpoint that any quantiser can load."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no option turns off
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
     del model.config.quantization_config
     model.hf_quantizer = None  # it is dequantised, but still calls itself not serialisable
     model.save_pretrained(folder)
@@ -100,7 +102,7 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-@contextmanager
+@contextlib.contextmanager
 def named_in_errors(name: str) -> Iterator[None]:
     """Says which model could not be loaded, in one line."""
     try:

