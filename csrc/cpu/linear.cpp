@@ -6,6 +6,43 @@
 
 namespace fusetune {
 namespace FUSETUNE_ISA {
+namespace {
+
+// Whether linear_gemv takes it.
+bool gemv_fits(int64_t m, int64_t k, const Weight& w) {
+  return m > 0 && m <= kGemvRows && (!w.quantized || k % w.quantized->blocksize == 0);
+}
+
+void linear_gemv(const Matrix& x, int64_t m, int64_t n, int64_t k, const Weight& w, const float* bias,
+                 const LowRank& tail, const MutMatrix& y) {
+  // Read by all threads.
+  const int64_t chunks = (k + kChunk - 1) / kChunk, x_size = chunks * m * kChunk;
+  float* shared = workspace(x_size + m * tail.rank);
+  const GemvArgs args{n, k, shared, bias, shared + x_size, tail.right, tail.rank, y};
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t count = std::min<int64_t>(kChunk, k - c * kChunk);
+    for (int64_t s = 0; s < m; ++s) {
+      float* dst = shared + (c * m + s) * kChunk;
+      if (count < kChunk) std::fill_n(dst, kChunk, 0.f);
+      load_floats(x.data, x.dtype, s * x.ld + c * kChunk, count, dst);
+    }
+  }
+  for (int64_t i = 0; i < m * tail.rank; ++i) shared[x_size + i] = tail.left[i] * tail.scale;
+
+  if (!w.quantized) {
+    if (w.dense.dtype == Dtype::f32)
+      return gemv(m, RowDense<float>{static_cast<const float*>(w.dense.data), w.dense.ld, k}, args);
+    if (w.dense.dtype == Dtype::f16)
+      return gemv(m, RowDense<f16>{static_cast<const f16*>(w.dense.data), w.dense.ld, k}, args);
+    return gemv(m, RowDense<bf16>{static_cast<const bf16*>(w.dense.data), w.dense.ld, k}, args);
+  }
+  const Rows rows = weight_rows(w);
+  if (w.quantized->absmax_q)
+    return gemv(m, Row4bit<true>{*w.quantized, rows.code, rows.block_shift, rows.nested_shift}, args);
+  gemv(m, Row4bit<false>{*w.quantized, rows.code, rows.block_shift, 0}, args);
+}
+
+}  // namespace
 
 void linear(const Matrix& x, int64_t m, int64_t n, int64_t k, const Weight& w, const float* bias, const LowRank& tail,
             const MutMatrix& y) {

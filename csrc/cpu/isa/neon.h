@@ -96,7 +96,7 @@ struct Codebook {
 };
 FUSETUNE_INLINE Codebook make_codebook(const float* values) {
   const uint8x16x4_t bytes = vld4q_u8(reinterpret_cast<const uint8_t*>(values));
-  return {{bytes.val[0], bytes.val[1], bytes.val[2], bytes.val[3]}};
+  return {bytes.val[0], bytes.val[1], bytes.val[2], bytes.val[3]};
 }
 FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[8]) {
   const uint8x16_t bytes = vld1q_u8(p);
