@@ -53,6 +53,7 @@ static void transpose_to(const T* src, int64_t src_ld, int64_t rows, int64_t col
       F block[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         const T* p = src + (r + i) * src_ld + c;
+        __builtin_prefetch(p + 4 * kLanes);  // too many streams for the hardware
         block[i] = i >= used ? zero() : count == kLanes ? load(p) : load_part(p, count);
       }
       transpose(block);
@@ -130,8 +131,11 @@ struct Block {
   }
 
   void accumulate(const Term& term) {
-    for (int64_t d = 0; d < term.depth; d += Layout::depth) {
-      const int64_t depth = std::min<int64_t>(Layout::depth, term.depth - d);
+    // Slices of equal depth: a short last one would cost as many passes over acc as a full one.
+    const int64_t slices = (term.depth + Layout::depth - 1) / Layout::depth;
+    const int64_t step = slices ? ((term.depth + slices - 1) / slices + 31) / 32 * 32 : 1;
+    for (int64_t d = 0; d < term.depth; d += step) {
+      const int64_t depth = std::min(step, term.depth - d);
       pack(term.left, d, depth);
       for (int64_t c = 0; c < columns; c += Layout::group) {
         const int64_t count = std::min<int64_t>(Layout::group, columns - c);
