@@ -55,7 +55,7 @@ class Op:
         return self._chosen.get(key) or self._choose(key)
 
     def _choose(self, key: tuple[Any, ...]) -> Callable[..., Any]:
-        run = self.select(Case(*key)).run
+        run = _outside_autocast(self.select(Case(*key)).run, key[0])
         self._chosen[key] = run
         return run
 
@@ -82,6 +82,20 @@ class Op:
     def forget(self) -> None:
         """Drops remembered choices, after the backend has changed."""
         self._chosen.clear()
+
+
+def _outside_autocast(run: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """`run` with autocast off: an implementation's own matmuls are to use the dtypes they name."""
+    if not torch.amp.is_autocast_available(device):
+        return run
+
+    def call(*args: Any) -> Any:
+        if not torch.is_autocast_enabled(device):
+            return run(*args)
+        with torch.autocast(device, enabled=False):
+            return run(*args)
+
+    return call
 
 
 OPS: dict[str, Op] = {}

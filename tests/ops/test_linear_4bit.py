@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close, assert_same
 
-from fusetune import ops
+from fusetune import _native, ops
 from fusetune.ops._weight import flatten
 from fusetune.reference import linear_4bit as reference
 
@@ -183,6 +183,8 @@ def test_int16_decode_is_near_and_only_where_allowed(m):
         with torch.no_grad():
             rounded = ops.linear_4bit(x, w, bias)
         assert (rounded.double() - exact).norm() <= 2e-4 * exact.norm()
+        # Another result shows that the path was taken, where the instruction set has it.
+        assert torch.equal(rounded, plain) != _native.C.has("linear_4bit_int16")
         assert torch.equal(ops.linear_4bit(x.requires_grad_(), w, bias), plain)
     finally:
         ops.set_decode_int16(False)
