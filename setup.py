@@ -70,6 +70,11 @@ def is_current(obj, command):
 class BuildExt(build_ext):
     """Compiles csrc per instruction set, in parallel, only what changed, and links one module."""
 
+    def finalize_options(self):
+        # pip builds editable installs in a new directory each time, which would lose the objects.
+        self.build_temp = self.build_temp or str(ROOT / "build" / f"temp.{MACHINE}")
+        super().finalize_options()
+
     def build_extension(self, ext):
         import pybind11
 

@@ -34,6 +34,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         draw_speed(speed, report["comparison"])
         draw_memory(memory, report["comparison"])
         setup = report["setup"]
+        figure.get_layout_engine().set(wspace=0.06)
         figure.suptitle(
             f"QLoRA fine-tune of {setup['model']} · {setup['device']} · "
             f"{setup['batch_size']} × {setup['seq_len']} tokens a step",
@@ -55,6 +56,7 @@ def draw_training(axes: Any, training: dict[str, Any]) -> None:
     for x, y, side in ((0, before, "left"), (len(losses), after, "right")):
         axes.annotate(f"{y:.2f}", (x, y), (0, 7), textcoords="offset points", ha=side)
     axes.set(title="Training, fused", xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, loc="lower left", fontsize=9)
 
 
@@ -70,7 +72,7 @@ def draw_agreement(axes: Any, comparison: dict[str, Any]) -> None:
     axes.plot(steps, fused, "o-", color=FUSED, linewidth=1.5, markersize=4, label="fused")
     axes.set(
         title="Same losses",
-        xlabel=f"step (largest difference {comparison['loss_difference']:.0e})",
+        xlabel=f"step (they differ by {comparison['loss_difference']:.0e})",
         ylim=(0, None),
     )
     axes.set_xticks(list(steps))
@@ -82,6 +84,7 @@ def draw_speed(axes: Any, comparison: dict[str, Any]) -> None:
     bars = axes.bar(["stock", "fused"], values, color=[STOCK, FUSED], width=0.65)
     axes.bar_label(bars, [f"{v:,.0f}" for v in values], padding=2)
     axes.set(title=f"Tokens/s: {comparison['speedup']:.2f}×", yticks=[])
+    axes.margins(y=0.12)
     axes.spines["left"].set_visible(False)
 
 
@@ -100,5 +103,6 @@ def draw_memory(axes: Any, comparison: dict[str, Any]) -> None:
     axes.bar_label(bars, [f"{t:.2f} GiB" for t in total], padding=2)
     saved = comparison["memory_saved"]
     axes.set(title=f"Peak memory: {-saved:+.0%}", yticks=[])
-    axes.set_xlabel("pale: between steps")
+    axes.margins(y=0.12)
+    axes.set_xlabel("pale: held between steps")
     axes.spines["left"].set_visible(False)
