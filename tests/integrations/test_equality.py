@@ -12,9 +12,9 @@ MODELS = ["llama", "bert", "gpt2", "t5", "vit"]
 
 
 def assert_near(got, eager, exact):
-    """Dicts of tensors. The relative error (of norms) of each is at most four times the largest that
-    eager makes in any of them, plus four roundings: they are results of one chain of layers, where
-    the gradients of attention's queries and keys nearly cancel and roundings show by chance."""
+    """Dicts of tensors. The relative error (of norms) of each is at most four times the largest
+    that eager makes in any of them, plus four roundings: they are results of one chain of layers,
+    where the gradients of attention's queries and keys nearly cancel: roundings show by chance."""
 
     def error(values, name):
         true = exact[name].double()
