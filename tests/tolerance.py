@@ -1,5 +1,7 @@
 """When two results agree: measured against the error that eager PyTorch makes in the same dtype."""
 
+from contextlib import contextmanager
+
 import torch
 
 _EPS32 = torch.finfo(torch.float32).eps
@@ -40,6 +42,17 @@ def assert_same(got, expected, name="result"):
     error = (got.double() - expected.double()).abs().max()
     allowed = 16 * torch.finfo(got.dtype).eps * expected.abs().max()
     assert error <= allowed, f"{name}: difference {error:.3g}, allowed {allowed:.3g}"
+
+
+@contextmanager
+def one_thread():
+    """For what ours is compared with: small products wait for threads longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rms(tensor):
