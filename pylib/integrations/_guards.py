@@ -26,8 +26,7 @@ def no_kernel(op: str, device: str, dtype: torch.dtype, weight: torch.dtype | No
 
     It defines the op and is slow: unless it was asked for by name it does not replace anything.
     """
-    table = OPS[op]
-    return table.run(device, dtype, weight) is table.impls[-1].run and backend() == "auto"
+    return OPS[op].carrier(device, dtype, weight) == "reference" and backend() == "auto"
 
 
 def carrier(
@@ -37,11 +36,11 @@ def carrier(
 
     Raises ValueError where a forced backend cannot run.
     """
-    case = Case(device, dtype, weight)
-    name = OPS[op].select(case).name
+    name = OPS[op].carrier(device, dtype, weight)
     if not no_kernel(op, device, dtype, weight):
         return name, None
-    others = [f"{other}: {why}" for other, why in OPS[op].explain(case) if why]
+    reasons = OPS[op].explain(Case(device, dtype, weight))
+    others = [f"{other}: {why}" for other, why in reasons if why]
     return name, f"no kernel for this model ({'; '.join(others)})"
 
 

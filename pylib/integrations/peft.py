@@ -102,10 +102,7 @@ class FusedLinear(lora.Linear):
             return super().forward(x)
         if no_kernel("lora_linear", device, dtype, weight.dtype):
             return super().forward(x)
-        if not autocast:
-            return lora_linear(x, weight, bias, adapter)
-        with torch.autocast(device, enabled=False):
-            return lora_linear(x.to(dtype), weight, bias, adapter)
+        return lora_linear(x.to(dtype), weight, bias, adapter)
 
     def _fused_adapter(self) -> Adapter | str:
         base: Any = self._modules["base_layer"]

@@ -40,11 +40,7 @@ class FusedLinear4bit(PeftLinear4bit):
             or no_kernel("lora_linear", device, x.dtype)
         ):
             return super().forward(x)
-        bias = base._parameters.get("bias")
-        if not torch.is_autocast_enabled(device):
-            return lora_linear(x, weight, bias, adapter)
-        with torch.autocast(device, enabled=False):
-            return lora_linear(x, weight, bias, adapter)
+        return lora_linear(x, weight, base._parameters.get("bias"), adapter)
 
     def _fused_adapter(self) -> Adapter | str:
         base: Any = self._modules["base_layer"]

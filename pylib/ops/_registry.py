@@ -45,6 +45,7 @@ class Op:
         self.name = name
         self.impls = sorted(impls, key=lambda impl: -impl.priority)
         self._chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._names: dict[tuple[Any, ...], str] = {}
         OPS[name] = self
 
     def run(
@@ -58,6 +59,13 @@ class Op:
         run = _outside_autocast(self.select(Case(*key)).run, key[0])
         self._chosen[key] = run
         return run
+
+    def carrier(self, device: str, dtype: torch.dtype, weight: torch.dtype | None) -> str:
+        """The name of the implementation for this case. As hot as `run`."""
+        key = (device, dtype, weight)
+        if key not in self._names:
+            self._names[key] = self.select(Case(*key)).name
+        return self._names[key]
 
     def select(self, case: Case) -> Impl:
         """The implementation that runs in this case.
@@ -82,6 +90,7 @@ class Op:
     def forget(self) -> None:
         """Drops remembered choices, after the backend has changed."""
         self._chosen.clear()
+        self._names.clear()
 
 
 def _outside_autocast(run: Callable[..., Any], device: str) -> Callable[..., Any]:

@@ -275,6 +275,24 @@ def test_float64_model_is_left_to_peft(calls):
     assert "float64" in reason(fused)
 
 
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_without_a_kernel_the_stock_code_runs(four_bit, calls, monkeypatch):
+    """The reference is slower than PEFT's own code: it only runs where it is asked for."""
+    for op in fusetune.ops.OPS.values():
+        monkeypatch.setattr(op, "impls", op.impls[-1:])
+        monkeypatch.setattr(op, "_chosen", {})
+        monkeypatch.setattr(op, "_names", {})
+    with fusetune.ops.use_backend("auto"):
+        stock, fused = pair(four_bit=four_bit)
+        x = torch.randn(3, 64, requires_grad=True)
+        assert torch.equal(fused.get_submodule(PATH)(x), stock.get_submodule(PATH)(x))
+        assert calls == []
+        assert "no kernel for this model" in reason(fused)
+    with fusetune.ops.use_backend("reference"):
+        fused.get_submodule(PATH)(x)
+        assert calls == ["lora_linear"]
+
+
 def test_input_casting_switched_off(calls):
     stock, fused = pair(dtype=torch.bfloat16)  # the adapter is fp32
     for model in (stock, fused):
