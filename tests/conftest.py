@@ -1,9 +1,11 @@
 """What every test runs under: fixed seeds, memory that shows what was not written, backends."""
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
+from tolerance import one_thread
 
 from fusetune import ops
 
@@ -31,7 +33,8 @@ def _poisoned_empty(monkeypatch):
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request):
     """Runs the test once on each backend of this machine, forced: no silent fallback."""
-    with ops.use_backend(request.param):
+    threads = one_thread() if request.param == "reference" else nullcontext()
+    with threads, ops.use_backend(request.param):
         yield request.param
 
 

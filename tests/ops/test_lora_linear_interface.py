@@ -30,6 +30,32 @@ def test_only_x_s_and_the_seed_are_saved(backend, dtype):
     assert sum(t.data_ptr() == arguments["x"].data_ptr() for t in saved) == 1
 
 
+def allocated(function):
+    """The result of a function, and the bytes of every allocation of torch's that it made."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        result = function()
+    events = profile.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return result, [size for size in sizes if size > 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cpu_backend_allocates_its_results_and_nothing_else(dtype):
+    """No fp32 copy of x, no mask, no dropped x, no dense weight."""
+    m, n, k, r = 64, 96, 128, 8
+    arguments = leaves(make(m, n, k, r, dtype))
+    del arguments["lora_bias"], arguments["bias"]
+    with ops.use_backend("cpu"):
+        ops.lora_linear(**arguments)  # what is made once
+        y, sizes = allocated(lambda: ops.lora_linear(**arguments, dropout_p=0.3))
+        seed, s, size = 8, m * r * 4, dtype.itemsize
+        assert sorted(sizes) == sorted([seed, s, m * n * size])
+        dy = torch.ones_like(y)
+        _, sizes = allocated(lambda: y.backward(dy))
+        ds, dA, dB = m * r * 4, r * k * 4, n * r * 4
+        assert sorted(sizes) == sorted([ds, dA, dB, m * k * size])
+
+
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize("m", [5, 50])
 def test_any_subset_may_require_grad(backend, m, kind):
