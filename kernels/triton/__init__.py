@@ -1,1 +1,1 @@
-"""Triton kernels, imported as ``fusetune._triton``. Empty: the GPU backend comes with its own issue."""
+"""Triton kernels, imported as ``fusetune._triton``: none yet."""
