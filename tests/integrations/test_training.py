@@ -57,6 +57,33 @@ def test_checkpointing_equals_stock(reentrant):
     assert_equal_steps(stock, fused, inputs, rtol=1e-4, atol=1e-6)
 
 
+def test_transformers_trainer(tmp_path, calls):
+    """Gradient accumulation passes num_items_in_batch to the loss."""
+    from transformers import Trainer, TrainingArguments
+
+    ids = torch.randint(1, tiny_models.VOCABULARY, (8, 12))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        logging_steps=1,
+        learning_rate=1e-3,
+        report_to=[],
+        use_cpu=True,
+    )
+    stock, _ = tiny_models.lora_llama(layers=1)
+    logs = []
+    for model in (stock, fused_copy(stock)):
+        trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+        trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        logs.append([*losses, trainer.evaluate()["eval_loss"]])
+    torch.testing.assert_close(logs[1], logs[0], rtol=1e-5, atol=0)
+    assert calls.count("cross_entropy") == 3 * 2 + 1
+
+
 # --- dropout --------------------------------------------------------------------------------------
 
 
