@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from tolerance import assert_close
 from torch.nn import functional as F
 
-from fusetune.ops import cross_entropy
+from fusetune import _native
+from fusetune.ops import cross_entropy, set_isa, use_backend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ISAS = _native.C.available_isas() if _native.C else []
 SHAPES = [(1, 1), (1, 2), (3, 7), (5, 63), (2, 1000), (33, 257), (300, 64), (4, 49152)]
 
 
@@ -56,6 +58,25 @@ def test_value_and_gradient(backend, dtype, shape, smoothing):
         sizes = magnitudes(logits, target, options)
         assert_close("loss", got[0], exact[0], eager[0], sizes[0])
         assert_close("dlogits", got[1], exact[1], eager[1], sizes[1])
+
+
+@pytest.mark.skipif(_native.C is None, reason="no native module")
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(isa, dtype):
+    """Sizes that leave a rest in every width of vectors, and more than one block of a sum."""
+    before = _native.C.isa()
+    set_isa(isa)
+    try:
+        for v in (1, 3, 15, 17, 1023, 2500):
+            logits, target = inputs(5, v, dtype)
+            with use_backend("cpu"):
+                got = value_and_gradient(cross_entropy, logits, target, label_smoothing=0.1)
+            with use_backend("reference"):
+                true = value_and_gradient(cross_entropy, logits, target, label_smoothing=0.1)
+            torch.testing.assert_close(got, true)
+    finally:
+        set_isa(before)
 
 
 def test_mean_is_over_rows_that_count(backend):
