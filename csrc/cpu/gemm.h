@@ -181,7 +181,7 @@ struct Grid {
 template <class Layout>
 static Grid choose_grid(int64_t rows, int64_t columns, int threads) {
   // Cycles per decoded and per packed vector, in units of the FMAs they feed.
-  constexpr double kDecode = 3, kPack = 8, kTail = 0.15;
+  constexpr double kDecode = 3, kPack = 16, kTail = 0.1;
   constexpr int64_t kMaxRows = 288, kMaxColumns = 1024;
   Grid best{};
   double best_cost = 0;

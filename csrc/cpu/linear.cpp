@@ -1,7 +1,7 @@
 // y [M, N] = x [M, K] . W [N, K]^T + bias + scale * left [M, r] . right [N, r]^T, W 4-bit or dense.
 //
-// Tiling and bytes: gemv.h for a few rows of x, gemm.h for more. The low-rank tail is one more slice of the reduction in
-// the same accumulators: no pass over y of its own.
+// Tiling and bytes: gemv.h for a few rows of x, gemm.h for more. The low-rank tail is one more slice of the reduction
+// in the same accumulators: no pass over y of its own.
 //
 // A dense weight against torch (Zen 4, 4096 x 4096, 2 threads): float32 is ahead at every m, 2.1x at 8 and 1.2x at 512;
 // float16 from m = 2 on, 4x at 128; bfloat16 only at m = 1, because torch uses the AVX512_BF16 instructions.
