@@ -136,7 +136,8 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
 
     report = {
         "setup": {
-            **json.loads(json.dumps(asdict(settings), default=str)),
+            **{k: v for k, v in asdict(settings).items() if k not in ("data", "out", "resume")},
+            "data": settings.data.name if settings.data else "chatterbot-corpus",
             "device": device_name(device),
             "threads": torch.get_num_threads(),
             "versions": env.information()["versions"],

