@@ -34,7 +34,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         draw_speed(speed, report["comparison"])
         draw_memory(memory, report["comparison"])
         setup = report["setup"]
-        figure.get_layout_engine().set(wspace=0.06)
+        layout: Any = figure.get_layout_engine()
+        layout.set(wspace=0.06)
         figure.suptitle(
             f"QLoRA fine-tune of {setup['model']} · {setup['device']} · "
             f"{setup['batch_size']} × {setup['seq_len']} tokens a step",
