@@ -22,7 +22,21 @@ constexpr int kGemvRows = 8, kRowsAtOnce = 2;
 constexpr int kGemvRows = 4, kRowsAtOnce = 1;
 #endif
 constexpr int kChunk = 32;  // elements per step
+constexpr uint64_t kPrefetchBytes = 4096;  // of packed codes: two rows of 4096 elements ahead
 constexpr int kChunkVectors = kChunk / kLanes;
+
+// Asks for what follows element i of the flattened weight. The hardware's prefetcher stops at every page, and
+// decoding is too quick for it to catch up.
+template <bool nested>
+FUSETUNE_INLINE void prefetch_4bit(const Weight4bit& w, int shift, uint64_t i) {
+  const uint64_t block = (i + 2 * kPrefetchBytes) >> shift;
+  __builtin_prefetch(w.packed + i / 2 + kPrefetchBytes);
+  if (nested) {
+    __builtin_prefetch(w.absmax_q + block);
+  } else {
+    __builtin_prefetch(w.absmax + block);
+  }
+}
 
 // Sources of weight rows. A source opens the run of a row that begins at element i, up to stop(i), and loads chunks of
 // it. 4-bit rows must be whole blocks.
@@ -38,7 +52,9 @@ struct Row4bit {
   int64_t stop(int64_t i) const { return i + w.blocksize; }
   Run open(int64_t row, int64_t i) const {
     const uint64_t first = static_cast<uint64_t>(row * w.cols);
-    const uint64_t block = (first + static_cast<uint64_t>(i)) >> shift;
+    const uint64_t element = first + static_cast<uint64_t>(i);
+    const uint64_t block = element >> shift;
+    prefetch_4bit<nested>(w, shift, element);
     return {scale_codebook(code, block_absmax<nested>(w, nested_shift, block)), w.packed + first / 2};
   }
   static void load_chunk(const Run& run, int64_t i, F (&v)[kChunkVectors]) {

@@ -60,6 +60,7 @@ void rows_of_words(const Row4bit<nested>& source, const WordArgs& x, const GemvA
       const uint64_t first = static_cast<uint64_t>(row * args.k);
       for (int64_t i = 0; i < args.k; i += kWords, words += m * kWords, scales += m) {
         const uint64_t at = first + static_cast<uint64_t>(i);
+        prefetch_4bit<nested>(source.w, source.shift, at);
         const F absmax = set1(block_absmax<nested>(source.w, source.nested_shift, at >> source.shift));
         U w[kWordVectors];
         decode_words(source.w.packed + at / 2, code, w);
