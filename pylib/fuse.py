@@ -34,17 +34,22 @@ def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
     adapter, and, with `loss`, transformers' language-model losses. Call it once the adapters are in
     place; another call covers what was added since and changes nothing else.
 
+    A 4-bit weight that bitsandbytes has repacked for its CPU kernel gets its plain layout back.
     What a layer cannot do exactly runs its library's own code, and the report says why. Raises
     TypeError where `model` is no module, and ValueError where a 4-bit weight is corrupt or a forced
     backend (FUSETUNE_BACKEND) cannot run; the model is then as it was.
     """
-    with _undone_on_error(model):
+    with _undone_on_error(model) as undo:
         swaps = _swaps()
+        restorable = {kind for kind in swaps.values() if hasattr(kind, "restore_layout")}
         transformers = _transformers()
         for module in model.modules():
             target = swaps.get(type(module))
             if target is not None and "forward" not in module.__dict__:
                 _set_class(module, target)
+            if type(module) in restorable:
+                restored: Any = module
+                undo += restored.restore_layout()
             if loss and transformers is not None:
                 transformers.install(module)
         return FuseReport(_rows(model), _looker(model))
@@ -74,12 +79,14 @@ def fused(model: nn.Module, *, loss: bool = True) -> Iterator[FuseReport]:
 
 
 @contextmanager
-def _undone_on_error(model: nn.Module) -> Iterator[None]:
-    restore = _snapshot(model)
+def _undone_on_error(model: nn.Module) -> Iterator[list[Callable[[], None]]]:
+    """Gives a list for what else has to be undone; the last first."""
+    undo = [_snapshot(model)]
     try:
-        yield
+        yield undo
     except BaseException:
-        restore()
+        for step in reversed(undo):
+            step()
         raise
 
 

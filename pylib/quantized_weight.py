@@ -217,7 +217,8 @@ class QuantizedWeight:
         """Wraps a quantised bitsandbytes Params4bit. Shares its storage; nothing is copied.
 
         Raises ValueError where the parameter is not quantised yet, or has been repacked by
-        bitsandbytes for its own CPU kernel (which it does at inference on AVX512-BF16).
+        bitsandbytes for its own CPU kernel (which it does at inference on AVX512-BF16, and
+        `fusetune.fuse` undoes).
         """
         state = getattr(param, "quant_state", None)
         if state is None:
@@ -230,7 +231,7 @@ class QuantizedWeight:
                 "(quant_state.packing_format_for_cpu): this layout is not supported"
             )
         _check_codebook(state.code, state.quant_type)
-        nested = state.state2
+        nested = state.state2 if state.nested else None
         return cls(
             packed=param.data.view(torch.uint8).view(-1),
             absmax=state.absmax,

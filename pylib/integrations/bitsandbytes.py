@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 
 from fusetune import ops
+from fusetune.integrations._bnb_packing import is_packed, unpack
 from fusetune.integrations._guards import KERNEL_DTYPES, call_reason, carrier, no_kernel
 from fusetune.quantized_weight import QuantizedWeight
 
 _CACHE = "_fusetune_weight"
+_REFUSAL = "_fusetune_refusal"
 
 
 class Linear4bit(bnb.nn.Linear4bit):
@@ -21,7 +24,8 @@ class Linear4bit(bnb.nn.Linear4bit):
     Sums are taken in fp32 whatever `compute_dtype` says, and the input is not rounded to it; the
     output has the input's dtype, as bitsandbytes' has. Unlike bitsandbytes' on a CPU with
     AVX512-BF16 it never repacks the weight at inference, which rounds its statistics for good and
-    cuts the gradient of a later training step.
+    cuts the gradient of a later training step. Where that has happened before, `fuse` undoes the
+    layout; the rounding stays.
 
     The class has bitsandbytes' name because PEFT's DoRA asks for it.
     """
@@ -42,6 +46,21 @@ class Linear4bit(bnb.nn.Linear4bit):
             return super().forward(x)
         return ops.linear_4bit(x, weight, self._parameters.get("bias"))
 
+    def restore_layout(self) -> list[Callable[[], None]]:
+        """Undoes bitsandbytes' repacking, where it can be done exactly; `fuse` calls it.
+
+        Returns what repacks the weight: a function, or none where nothing was changed.
+        """
+        self.__dict__.pop(_REFUSAL, None)
+        param = self._parameters["weight"]
+        if type(param) is not bnb.nn.Params4bit or not is_packed(param):
+            return []
+        done = unpack(param)
+        if not isinstance(done, str):
+            return [done]
+        self.__dict__[_REFUSAL] = done
+        return []
+
     def fused_weight(self) -> QuantizedWeight | str:
         """The weight as the kernels take it, sharing storage, or the reason why they cannot.
 
@@ -61,11 +80,9 @@ class Linear4bit(bnb.nn.Linear4bit):
         state = param.quant_state
         if state is None:
             return "the weight is not quantised yet"
-        if getattr(state, "packing_format_for_cpu", False):
-            return (
-                "bitsandbytes repacked the weight at inference: fuse before the first evaluation, "
-                "or load the model again"
-            )
+        if is_packed(param):
+            again = "bitsandbytes repacked the weight at inference: call fuse() again"
+            return self.__dict__.get(_REFUSAL, again)
         weight = QuantizedWeight.from_bnb(param)
         if weight.shape != (self.out_features, self.in_features):
             return f"the weight was quantised from shape {tuple(weight.shape)}"

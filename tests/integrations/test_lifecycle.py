@@ -133,17 +133,6 @@ def test_unquantised_4bit_layer_has_a_reason():
     assert report.rows[0].reason == "the weight is not quantised yet"
 
 
-def test_weight_that_bitsandbytes_repacked_has_a_reason():
-    if not bnb.functional.has_avx512bf16():
-        pytest.skip("bitsandbytes repacks on CPUs with AVX512-BF16 only")
-    model, inputs = tiny_models.lora_llama(layers=1, four_bit=True)
-    expected = logits(model.eval(), inputs)
-    report = fusetune.fuse(model)
-    repacked = [row for row in report.stock if "repacked" in row.reason]
-    assert len(repacked) == 7
-    assert torch.equal(logits(model, inputs), expected)
-
-
 def test_a_fused_model_is_never_repacked():
     model, inputs, _ = fused_llama(four_bit=True)
     model.eval()
