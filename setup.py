@@ -120,7 +120,7 @@ setup(
         *(f"fusetune.{p}" for p in find_packages(str(ROOT / "pylib"))),
         "fusetune._triton",
     ],
-    package_data={"fusetune": ["py.typed"]},
+    package_data={"fusetune": ["py.typed"], "fusetune.sim": ["cudart.cpp"]},
     ext_modules=[Extension("fusetune._C", ["csrc/bindings.cpp"], language="c++")],
     cmdclass={"build_ext": BuildExt},
 )

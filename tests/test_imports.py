@@ -22,7 +22,7 @@ LAYERS = (
     {"integrations", "report"},
     {"fuse"},
     {"env"},
-    {"bench"},
+    {"bench", "sim"},
     {"demo", "verify"},
     {"cli"},
 )

@@ -1,0 +1,192 @@
+"""A Triton driver whose device is the PTX interpreter: launches compute on CPU tensors.
+
+Host code (launchers, autotuning, heuristics) runs as it would on a GPU; of several autotuning
+configurations the first is taken, for time is not modelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fusetune.sim.ptx import Program
+from fusetune.sim.run import Launch, Run, accept_cpu_tensors
+
+# Shared memory in bytes that one CTA may ask for, by architecture (CUDA programming guide).
+MAX_SHARED = {
+    75: 65536,
+    80: 166912,
+    86: 101376,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    120: 101376,
+}
+
+
+@contextmanager
+def triton_sim(arch: int = 80) -> Iterator[Run]:
+    """Executes Triton kernels, compiled for sm_`arch`, on CPU tensors; forces backend "triton"."""
+    run = Run(arch)
+    with ExitStack() as stack:
+        stack.enter_context(_driver(arch, run))
+        stack.enter_context(accept_cpu_tensors("triton"))
+        yield run
+
+
+@contextmanager
+def _driver(arch: int, run: Run) -> Iterator[None]:
+    """Makes the simulating driver Triton's, for the length of a with block."""
+    if arch not in MAX_SHARED:
+        raise ValueError(f"arch must be one of {sorted(MAX_SHARED)}, got {arch!r}")
+    from triton import knobs
+    from triton.runtime import driver
+
+    before = driver._active
+    driver.set_active(_make_driver(arch, run))
+    knobs.runtime.kernel_load_start_hook.add(_remember_ptx)
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+_PTX_PATHS: dict[str, str] = {}  # of every compiled kernel that was loaded, by Triton's hash
+
+
+def _remember_ptx(_module: Any, _function: Any, name: str, group: dict[str, str], key: str) -> None:
+    """Triton's hook at the loading of a kernel: group maps file names to their cached paths."""
+    _PTX_PATHS[key] = next(path for file, path in group.items() if file.endswith(".ptx"))
+
+
+@lru_cache(maxsize=256)
+def _program(path: str) -> Program:
+    return Program(Path(path).read_text())
+
+
+class _Launcher:
+    """What Triton calls to launch a compiled kernel. Outlives a simulation, in Triton's caches."""
+
+    def __init__(self, src: Any, metadata: Any) -> None:
+        self.signature = src.signature
+        self.metadata = metadata
+
+    def __call__(
+        self,
+        x: int,
+        y: int,
+        z: int,
+        _stream: int,
+        _function: Any,
+        _packed: Any,
+        launch_metadata: Any,
+        enter_hook: Callable[[Any], None] | None,
+        exit_hook: Callable[[Any], None] | None,
+        *args: Any,
+    ) -> None:
+        from triton.runtime import driver
+
+        program = _program(_PTX_PATHS[self.metadata.hash])
+        grid, block = (x, y, z), (32 * self.metadata.num_warps, 1, 1)
+        if enter_hook is not None:
+            enter_hook(launch_metadata)
+        counts = program.launch(
+            self.metadata.name,
+            grid,
+            block,
+            _flatten(self.signature.values(), args),
+            smem=self.metadata.shared,
+        )
+        driver.active.run.launches.append(Launch(self.metadata.name, grid, block, counts))
+        if exit_hook is not None:
+            exit_hook(launch_metadata)
+
+
+def _flatten(types: Any, args: Sequence[Any]) -> list[Any]:
+    """The kernel's parameters: no constexprs, tuples opened, descriptors in their pieces."""
+    flat: list[Any] = []
+    for kind, arg in zip(types, args, strict=True):
+        if kind == "constexpr":
+            continue
+        if isinstance(kind, tuple):
+            flat += _flatten(kind, arg)
+        elif isinstance(kind, str) and kind.startswith("tensordesc"):
+            from triton.backends.driver import decompose_descriptor
+
+            flat += decompose_descriptor(arg)
+        else:
+            flat.append(arg)
+    return flat
+
+
+class _Utils:
+    """The driver's functions on a device; there is nothing to load."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_device_properties(self, _device: int) -> dict[str, int]:
+        return {
+            "max_shared_mem": MAX_SHARED[self.arch],
+            "max_num_regs": 65536,
+            "multiprocessor_count": 108,
+            "warpSize": 32,
+            "sm_clock_rate": 1_410_000,
+            "mem_clock_rate": 1_593_000,
+            "mem_bus_width": 5120,
+        }
+
+    def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, threads at most
+
+    def unload_module(self, _module: int) -> None:
+        pass
+
+
+def _make_driver(arch: int, run: Run) -> Any:
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+
+    class Driver(DriverBase):
+        launcher_cls = _Launcher
+
+        def __init__(self) -> None:
+            self.utils = _Utils(arch)
+            self.run = run
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", arch, 32)
+
+        def get_current_device(self) -> int:
+            return 1000 + arch  # Triton keeps compiled kernels by device: one for each target
+
+        def set_current_device(self, _device: int) -> None:
+            pass
+
+        def get_current_stream(self, _device: int | None = None) -> int:
+            return 0
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def get_device_interface(self) -> Any:
+            return torch.cpu
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty
+
+        def get_benchmarker(self) -> Callable[..., list[float]]:
+            return lambda _call, quantiles=None, **_: [0.0] * len(quantiles or (0,))
+
+        def get_empty_cache_for_benchmark(self) -> None:
+            return None
+
+    return Driver()
