@@ -121,7 +121,7 @@ void bind_runtime(py::module_& m) {
         "Forces an instruction set ('auto': the best); False where it is not available.");
   m.def("has", &has, "Whether the instruction set in use has this kernel.");
   m.def("set_torch_pool", &set_torch_pool, py::arg("parallel_for"), py::arg("get_num_threads"));
-  m.def("set_gomp_pool", &set_gomp_pool, py::arg("get_num_threads"));
+  m.def("set_gomp_pool", &set_gomp_pool, py::arg("parallel"), py::arg("get_num_threads"));
   m.def("pool_name", &pool_name);
   m.def("num_threads", &num_threads);
   m.def("last_region_threads", &last_region_threads);

@@ -1,6 +1,5 @@
 #include "parallel.h"
 
-#include <dlfcn.h>
 #include <pthread.h>
 
 namespace fusetune {
@@ -43,9 +42,9 @@ void set_torch_pool(uintptr_t parallel_for, uintptr_t get_num_threads) {
   torch_get_num_threads = reinterpret_cast<TorchNumThreads>(get_num_threads);
 }
 
-void set_gomp_pool(uintptr_t get_num_threads) {
+void set_gomp_pool(uintptr_t parallel, uintptr_t get_num_threads) {
+  gomp_parallel = reinterpret_cast<GompParallel>(parallel);
   at_get_num_threads = reinterpret_cast<AtNumThreads>(get_num_threads);
-  gomp_parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
 }
 
 const char* pool_name() { return torch_parallel_for ? "torch" : gomp_parallel ? "gomp" : "serial"; }

@@ -1,7 +1,7 @@
 // Parallel loops on the thread pool that torch already owns.
 //
 // The pool is reached through a function pointer taken from libtorch at import time (torch's stable C shim
-// `torch_parallel_for`, torch >= 2.10) or, before that, through the GOMP_parallel that torch has loaded. So this
+// `torch_parallel_for`, torch >= 2.10) or, before that, through the GOMP_parallel that torch is linked to. So this
 // library links no OpenMP runtime of its own, and torch.set_num_threads holds from any Python thread.
 #pragma once
 #include <atomic>
@@ -20,8 +20,8 @@ int last_region_threads();
 const char* pool_name();
 // Addresses of torch_parallel_for and torch_get_num_threads, 0 where this torch has none.
 void set_torch_pool(uintptr_t parallel_for, uintptr_t get_num_threads);
-// For torch without them: the address of at::get_num_threads; regions then go through GOMP_parallel.
-void set_gomp_pool(uintptr_t get_num_threads);
+// For torch without them: addresses of the GOMP_parallel that libtorch is linked to and of at::get_num_threads.
+void set_gomp_pool(uintptr_t parallel, uintptr_t get_num_threads);
 
 // Calls f(chunk) for every chunk in [0, chunks), handed out one by one so that a descheduled core costs one
 // chunk and not its whole share.

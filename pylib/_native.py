@@ -15,6 +15,7 @@ import torch
 __all__ = ["C", "reason"]
 
 AT_GET_NUM_THREADS = "_ZN2at15get_num_threadsEv"  # at::get_num_threads()
+GOMP_PARALLEL = "GOMP_parallel"  # a parallel region, in the OpenMP runtime that libtorch is linked to
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -43,9 +44,10 @@ def _share_thread_pool(module: ModuleType) -> None:
     if parallel_for and get_num_threads:
         module.set_torch_pool(parallel_for, get_num_threads)
         return
+    gomp_parallel = address(library, GOMP_PARALLEL)
     at_get_num_threads = address(library, AT_GET_NUM_THREADS)
-    if at_get_num_threads:
-        module.set_gomp_pool(at_get_num_threads)
+    if gomp_parallel and at_get_num_threads:
+        module.set_gomp_pool(gomp_parallel, at_get_num_threads)
 
 
 def libtorch_cpu() -> ctypes.CDLL | None:
@@ -60,7 +62,7 @@ def libtorch_cpu() -> ctypes.CDLL | None:
 
 
 def address(library: ctypes.CDLL, symbol: str) -> int:
-    """Address of a function of the library, 0 where it has none of that name."""
+    """Address of a function of the library, or of those it is linked to; 0 where none has it."""
     try:
         return ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value or 0
     except AttributeError:

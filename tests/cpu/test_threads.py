@@ -135,7 +135,9 @@ import threading, torch
 from fusetune import _native
 C = _native.C
 C.set_torch_pool(0, 0)
-C.set_gomp_pool(_native.address(_native.libtorch_cpu(), _native.AT_GET_NUM_THREADS))
+library = _native.libtorch_cpu()
+names = _native.GOMP_PARALLEL, _native.AT_GET_NUM_THREADS
+C.set_gomp_pool(*(_native.address(library, name) for name in names))
 assert C.pool_name() == "gomp"
 x = torch.randn(2**20)
 packed, absmax = torch.empty(2**19, dtype=torch.uint8), torch.empty(2**14)
