@@ -111,8 +111,8 @@ class Device:
             sizes = program.parameters(kernel)
             args = [ctypes.string_at(addresses[i], size) for i, size in enumerate(sizes)]
             dims = (grid[0], grid[1], grid[2]), (block[0], block[1], block[2])
-            values = [self.tensors.argument(arg) for arg in args]
-            counts = program.launch(kernel, *dims, values, smem=smem)
+            memory = self.tensors.named_by(args)
+            counts = program.launch(kernel, *dims, args, smem=smem, memory=memory)
             self.run.launches.append(Launch(kernel, *dims, counts))
         except BaseException as error:  # nothing may be raised through the C++ of the launcher
             self._error = error
@@ -182,30 +182,34 @@ class _Tensors:
 
         return data_ptr
 
-    def argument(self, raw: bytes) -> Any:
-        """A kernel argument: memory where it is the address of some, else its bytes."""
-        address = int.from_bytes(raw, "little")
-        if len(raw) != 8 or address < 1 << 32:
-            return raw
-        tensor = self._find(address)
-        if tensor is None:
-            return raw
-        storage = tensor.untyped_storage()
-        whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
-        return whole[address - storage.data_ptr() :]
+    def named_by(self, args: list[bytes]) -> list[torch.Tensor]:
+        """The tensors that addresses in kernel arguments (also in structs) lie in."""
+        found: dict[int, torch.Tensor] = {}
+        for arg in args:
+            for at in range(0, len(arg) - 7, 8):
+                address = int.from_bytes(arg[at : at + 8], "little")
+                if _MAPPED <= address < _HOST_END:
+                    found.update((id(tensor), tensor) for tensor in self._holding(address))
+        return list(found.values())
 
-    def _find(self, address: int) -> torch.Tensor | None:
-        for tensor in list(self._known.values()):
-            start, end = _span(tensor)
-            if start <= address < end:
-                return tensor
-        for thing in gc.get_objects():
-            if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
-                start, end = _span(thing)
-                if start <= address < end:
-                    self._known[start] = thing
-                    return thing
-        return None
+    def _holding(self, address: int) -> list[torch.Tensor]:
+        known = [t for t in list(self._known.values()) if _holds(t, address)]
+        if known:
+            return known
+        everything = (thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
+        found = [t for t in everything if t.device.type == "cpu" and _holds(t, address)]
+        if found:
+            self._known[_data_ptr(found[0])] = found[0]
+        return found[:1]
+
+
+# Numbers below or above are no addresses of memory that a program has.
+_MAPPED, _HOST_END = 1 << 20, 1 << 47
+
+
+def _holds(tensor: torch.Tensor, address: int) -> bool:
+    start, end = _span(tensor)
+    return start <= address < end
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

@@ -2,56 +2,174 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fusetune.sim.counts import Counts
-from fusetune.sim.errors import OutOfBounds, Race, SimError, UnknownInstruction
-from fusetune.sim.ptx._draft import PTXError, Sim
+import numpy as np
 
-_KINDS = {
-    "race": Race,
-    "out-of-bounds": OutOfBounds,
-    "misaligned": OutOfBounds,
-    "unsupported": UnknownInstruction,
-    "unknown": UnknownInstruction,
-}
+from fusetune.sim.counts import Counts
+from fusetune.sim.errors import SimError
+from fusetune.sim.ptx.instructions import make
+from fusetune.sim.ptx.machine import WARP, Dim3, Machine
+from fusetune.sim.ptx.memory import LOCAL_WINDOW, SHARED_WINDOW, Region
+from fusetune.sim.ptx.operation import Operation
+from fusetune.sim.ptx.syntax import Instruction, Kernel, Module, Variable, parse
+from fusetune.sim.ptx.types import DTYPES
+
+_BATCH = 4096  # threads that run at once: more are faster until they leave the caches
 
 
 class Program:
-    """A PTX module."""
+    """A PTX module. `launch` runs a kernel; kernels are translated at their first launch."""
 
     def __init__(self, text: str) -> None:
-        self._sim = Sim(text)
+        self._module = parse(text)
+        self._variables = _Variables(self._module)
+        self._loaded: dict[str, _Loaded] = {}
+
+    @property
+    def kernels(self) -> list[str]:
+        return list(self._module.kernels)
 
     def parameters(self, kernel: str) -> list[int]:
         """Sizes in bytes of a kernel's parameters."""
-        self._sim._parse(kernel)
-        return [size for _, _, size in self._sim.params]
+        return [param.size for param in self._kernel(kernel).params]
 
     def launch(
         self,
         kernel: str,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
+        grid: Dim3,
+        block: Dim3,
         args: Sequence[Any],
         smem: int = 0,
         *,
+        memory: Iterable[Any] = (),
         check: bool = True,
     ) -> Counts:
-        """Runs a kernel over its grid. Tensors (on the CPU) are passed by address."""
-        try:
-            racecheck = "raise" if check else None
-            s = self._sim.launch(kernel, grid, block, list(args), smem, racecheck=racecheck)
-        except PTXError as error:
-            kind = next((k for w, k in _KINDS.items() if w in str(error)), SimError)
-            raise kind(f"{kernel}: {error}") from error
-        counts = Counts()
-        counts.instructions.update({k[5:]: v for k, v in s.items() if k.startswith("inst.")})
-        counts.global_load_sectors = s["gl.ld.sectors"]
-        counts.global_load_bytes = s["gl.ld.bytes"]
-        counts.global_store_sectors = s["gl.st.sectors"]
-        counts.global_store_bytes = s["gl.st.bytes"]
-        counts.shared_load_wavefronts = s["sm.wavefronts"]
-        counts.mma_flops = s["flop.mma"]
-        return counts
+        """Runs a kernel over its grid, and counts what it did.
+
+        args: tensors on the CPU (by address, all that a kernel may touch), numbers, None (a null
+        pointer), or the bytes of a parameter; missing ones are null. memory: more tensors that may
+        be touched. smem: dynamic shared memory in bytes. check: look for races and for reads of
+        shared memory that was never written; bounds are checked always.
+        """
+        if min(grid) < 1 or min(block) < 1 or block[0] * block[1] * block[2] > 1024:
+            raise SimError(f"cannot launch {kernel} with grid {grid} and block {block}")
+        loaded = self._loaded.get(kernel)
+        if loaded is None:
+            loaded = self._loaded[kernel] = _Loaded(self._kernel(kernel), self._variables)
+        m = loaded.machine
+        m.check, m.counts = check, Counts()
+        m.params = loaded.layout(args)
+        tensors = [a for a in (*args, *memory) if hasattr(a, "shape") and np.ndim(a) >= 0]
+        regions = [Region.of(tensor) for tensor in tensors if not isinstance(tensor, np.generic)]
+        m.memory.regions = [r for r in regions if r is not None] + self._variables.regions
+        threads = -(-block[0] * block[1] * block[2] // WARP) * WARP
+        ctas, at_once = grid[0] * grid[1] * grid[2], max(1, _BATCH // threads)
+        with np.errstate(all="ignore"):
+            for first in range(0, ctas, at_once):
+                batch = np.arange(first, min(first + at_once, ctas))
+                m.start(batch, grid, block, loaded.shared + smem, loaded.local, loaded.granule)
+                m.run()
+        return m.counts
+
+    def _kernel(self, name: str) -> Kernel:
+        if name not in self._module.kernels:
+            raise SimError(f"no kernel {name!r}; there are {', '.join(self.kernels)}")
+        return self._module.kernels[name]
+
+
+class _Variables:
+    """The module's .global and .const variables: arrays that live as long as the program."""
+
+    def __init__(self, module: Module) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+        for variable in module.variables:
+            array = np.zeros(-(-max(variable.size, 1) // 16), np.complex128).view(np.uint8)
+            array[: len(variable.content)] = np.frombuffer(variable.content, np.uint8)
+            self.arrays[variable.name] = array[: variable.size]
+        self.addresses = {name: array.ctypes.data for name, array in self.arrays.items()}
+        regions = [Region.of(array) for array in self.arrays.values()]
+        self.regions = [region for region in regions if region is not None]
+        self.shared = module.shared
+
+
+class _Loaded:
+    """A kernel as steps of a machine, and the layout of its memory."""
+
+    def __init__(self, kernel: Kernel, variables: _Variables) -> None:
+        self.kernel = kernel
+        self.params: dict[str, tuple[int, Variable]] = {}
+        self.params_size = _place(kernel.params, self.params)
+        symbols = dict(variables.addresses)
+        static: dict[str, tuple[int, Variable]] = {}
+        named = [v for v in (*variables.shared, *kernel.shared) if v.size]
+        self.shared = -(-_place(named, static) // 128) * 128
+        symbols.update({name: at for name, (at, _) in static.items()})
+        symbols.update({v.name: self.shared for v in variables.shared if not v.size})
+        local: dict[str, tuple[int, Variable]] = {}
+        self.local = -(-_place(kernel.local, local) // 16) * 16
+        symbols.update({name: at for name, (at, _) in local.items()})
+        registers = {n: (i, kind) for i, (n, kind) in enumerate(kernel.registers.items())}
+        self.machine = Machine(kernel.name, list(registers), kernel.registers, kernel.arbitrary)
+        code = kernel.instructions
+        steps = [
+            make(Operation(i, self.machine, registers, symbols, self.params, kernel.labels))
+            for i in code
+        ]
+        self.machine.load(code, steps, set(kernel.labels.values()))
+        self.granule = min((_shared_access(i) for i in code), default=4)
+
+    def layout(self, args: Sequence[Any]) -> bytes:
+        """The parameters as the kernel finds them in memory."""
+        params = self.kernel.params
+        if len(args) > len(params):
+            raise SimError(f"{len(args)} arguments for {len(params)} of {self.kernel.name}")
+        buffer = bytearray(self.params_size)
+        for param, arg in zip(params, args, strict=False):
+            offset, _ = self.params[param.name]
+            buffer[offset : offset + param.size] = _argument(arg, param)
+        return bytes(buffer)
+
+
+def _place(variables: Iterable[Variable], places: dict[str, tuple[int, Variable]]) -> int:
+    """Lays variables out one after the other; the size of all."""
+    offset = 0
+    for variable in variables:
+        offset = -(-offset // variable.align) * variable.align
+        places[variable.name] = (offset, variable)
+        offset += variable.size
+    return offset
+
+
+def _argument(arg: Any, param: Variable) -> bytes:
+    if isinstance(arg, (bytes, bytearray)):
+        if len(arg) != param.size:
+            raise SimError(f"{len(arg)} bytes for {param.name}, which has {param.size}")
+        return bytes(arg)
+    if isinstance(arg, float):
+        kind = {2: np.float16, 4: np.float32, 8: np.float64}[param.size]
+        return kind(arg).tobytes()
+    if arg is None:
+        number = 0
+    elif isinstance(arg, np.ndarray):
+        number = arg.ctypes.data
+    elif hasattr(arg, "data_ptr"):
+        number = arg.data_ptr()
+    else:
+        number = int(arg)
+    return (number & ((1 << 8 * param.size) - 1)).to_bytes(param.size, "little")
+
+
+def _shared_access(instruction: Instruction) -> int:
+    """Bytes, at most 4, of the smallest piece of shared memory that the instruction may touch."""
+    if instruction.mnemonic not in ("ld", "st"):
+        return 4
+    modifiers = instruction.modifiers
+    if {"global", "param", "const", "local"} & set(modifiers):
+        return 4
+    count = next((int(v[1:]) for v in modifiers if v in ("v2", "v4", "v8")), 1)
+    return min(4, DTYPES[modifiers[-1]].itemsize * count) if modifiers[-1] in DTYPES else 4
+
+
+__all__ = ["LOCAL_WINDOW", "SHARED_WINDOW", "Program"]
