@@ -17,7 +17,6 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "launchers.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -105,7 +104,6 @@ bool has(const std::string& name) {
 }
 
 void bind_runtime(py::module_& m) {
-  m.attr("has_cuda") = kHasCuda;
   m.def("isa", [] { return kernels().isa; }, "Name of the instruction set in use.");
   m.def("lanes", [] { return kernels().lanes; }, "float32 lanes of its vectors.");
   m.def("available_isas", [] {

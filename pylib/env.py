@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fusetune import _native, ops
+from fusetune.ops import _cuda
 
 _PACKAGES = ("fusetune", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton")
 # Those of /proc/cpuinfo that kernels, ours or torch's, are chosen by.
@@ -39,6 +40,7 @@ def information() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **_versions()},
         "cpu": _cpu(),
         "native": _native_module(),
+        "cuda": {"available": _cuda.reason() is None, "reason": _cuda.reason()},
         "backend": ops.backend(),
         "backends": backends("cpu"),
         "gpus": _gpus(),
@@ -81,6 +83,7 @@ def describe() -> str:
         )
     else:
         lines.append(f"{'kernels':<14}none: {native['reason']}")
+    lines.append(f"{'CUDA kernels':<14}{info['cuda']['reason'] or 'available'}")
     lines.append(f"{'GPUs':<14}{', '.join(info['gpus']) or 'none that torch can use'}")
     lines += ["", f"backend {info['backend']!r}; on CPU tensors:"]
     for name, entry in info["backends"].items():
@@ -129,7 +132,6 @@ def _native_module() -> dict[str, Any]:
         "isa": native.isa(),
         "isas": native.available_isas(),
         "pool": native.pool_name(),
-        "cuda": native.has_cuda,
     }
 
 
