@@ -192,6 +192,7 @@ class GlobalMemory:
 _WRITTEN = np.uint8(1)
 _IN_FLIGHT = np.uint8(2)  # by a cp.async that has not been waited for
 _ALL_WRITTEN = {n: np.dtype(f"u{n}").type(int("01" * n, 16)) for n in (1, 2, 4, 8)}
+LARGEST_GRANULE = 16  # no access is larger
 _MANY = 63  # in place of a warp: several
 
 
@@ -200,7 +201,7 @@ class SharedMemory:
 
     A race is a write and another access of the same place by two warps of a CTA with no barrier
     between them. Threads of one warp are taken to run in lockstep. Places are as large as the
-    smallest access of the kernel (`granule`, at most 4 bytes).
+    smallest access of the kernel (`granule` bytes).
     """
 
     def __init__(self, ctas: int, size: int, granule: int, check: bool) -> None:
@@ -208,7 +209,7 @@ class SharedMemory:
         self.check = check
         self._data = np.zeros(ctas * size // 16 + 1, np.complex128).view(np.uint8)
         self._state = np.zeros(len(self._data), np.uint8)
-        self._shift = {1: 0, 2: 1, 4: 2}[granule]
+        self._shift = granule.bit_length() - 1
         places = len(self._data) // granule
         # Who has last accessed a place, and when: epoch * 64 + warp.
         self._writer = np.zeros(places, np.int32)

@@ -13,6 +13,7 @@ from fusetune.sim.ptx.machine import Machine
 from fusetune.sim.ptx.syntax import Instruction, Variable
 from fusetune.sim.ptx.types import DTYPES, UNSIGNED, Array, Value, literal
 
+CARRY = "%carry"  # the register that add.cc sets; no PTX name is like it
 Read = Callable[[], Value]
 Write = Callable[[Value], None]
 
@@ -213,6 +214,6 @@ class Operation:
     def constant(self, operand: str) -> int:
         """An operand that must be a number."""
         try:
-            return int(operand, 0)
+            return int(operand.rstrip("U"), 0)
         except ValueError:
             raise UnknownInstruction(f"operand {operand!r} must be a constant") from None

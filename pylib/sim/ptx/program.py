@@ -11,8 +11,8 @@ from fusetune.sim.counts import Counts
 from fusetune.sim.errors import SimError
 from fusetune.sim.ptx.instructions import make
 from fusetune.sim.ptx.machine import WARP, Dim3, Machine
-from fusetune.sim.ptx.memory import LOCAL_WINDOW, SHARED_WINDOW, Region
-from fusetune.sim.ptx.operation import Operation
+from fusetune.sim.ptx.memory import LARGEST_GRANULE, Region
+from fusetune.sim.ptx.operation import CARRY, Operation
 from fusetune.sim.ptx.syntax import Instruction, Kernel, Module, Variable, parse
 from fusetune.sim.ptx.types import DTYPES
 
@@ -110,15 +110,16 @@ class _Loaded:
         local: dict[str, tuple[int, Variable]] = {}
         self.local = -(-_place(kernel.local, local) // 16) * 16
         symbols.update({name: at for name, (at, _) in local.items()})
-        registers = {n: (i, kind) for i, (n, kind) in enumerate(kernel.registers.items())}
-        self.machine = Machine(kernel.name, list(registers), kernel.registers, kernel.arbitrary)
+        kinds = {**kernel.registers, CARRY: "pred"}
+        registers = {name: (i, kind) for i, (name, kind) in enumerate(kinds.items())}
+        self.machine = Machine(kernel.name, list(registers), kinds, kernel.arbitrary)
         code = kernel.instructions
         steps = [
             make(Operation(i, self.machine, registers, symbols, self.params, kernel.labels))
             for i in code
         ]
         self.machine.load(code, steps, set(kernel.labels.values()))
-        self.granule = min((_shared_access(i) for i in code), default=4)
+        self.granule = min((_shared_access(i) for i in code), default=LARGEST_GRANULE)
 
     def layout(self, args: Sequence[Any]) -> bytes:
         """The parameters as the kernel finds them in memory."""
@@ -162,14 +163,16 @@ def _argument(arg: Any, param: Variable) -> bytes:
 
 
 def _shared_access(instruction: Instruction) -> int:
-    """Bytes, at most 4, of the smallest piece of shared memory that the instruction may touch."""
-    if instruction.mnemonic not in ("ld", "st"):
-        return 4
+    """Bytes of the smallest piece of shared memory that the instruction may touch."""
     modifiers = instruction.modifiers
-    if {"global", "param", "const", "local"} & set(modifiers):
-        return 4
+    if instruction.mnemonic == "cp" and len(instruction.operands) > 2:
+        return int(instruction.operands[2], 0)
+    if instruction.mnemonic not in ("ld", "ldu", "st", "atom", "red"):
+        return LARGEST_GRANULE
+    if {"global", "param", "const", "local"} & set(modifiers) or modifiers[-1] not in DTYPES:
+        return LARGEST_GRANULE
     count = next((int(v[1:]) for v in modifiers if v in ("v2", "v4", "v8")), 1)
-    return min(4, DTYPES[modifiers[-1]].itemsize * count) if modifiers[-1] in DTYPES else 4
+    return min(LARGEST_GRANULE, DTYPES[modifiers[-1]].itemsize * count)
 
 
-__all__ = ["LOCAL_WINDOW", "SHARED_WINDOW", "Program"]
+__all__ = ["Program"]

@@ -174,6 +174,8 @@ def _read_statement(
                 scope[name] = name + suffix
             kernel.registers[name + suffix] = registers[1]
         return
+    if code.startswith(".param"):  # belongs to a call, which is an unknown instruction
+        return
     variable = _VARIABLE.match(code + ";")
     if variable:
         (kernel.shared if variable["space"] == "shared" else kernel.local).append(

@@ -10,7 +10,7 @@ from fusetune.sim.errors import UnknownInstruction
 from fusetune.sim.ptx.instructions import floating
 from fusetune.sim.ptx.instructions.registry import instruction
 from fusetune.sim.ptx.machine import Step
-from fusetune.sim.ptx.operation import Operation
+from fusetune.sim.ptx.operation import CARRY, Operation, Read
 from fusetune.sim.ptx.types import DTYPES, INTEGERS, Value
 
 _NUMBERS = {name: dtype for name, dtype in INTEGERS.items() if dtype.itemsize > 1}
@@ -20,22 +20,48 @@ def _is_integer(x: Operation) -> bool:
     return x.instruction.modifiers[-1:] != () and x.instruction.modifiers[-1] in _NUMBERS
 
 
-@instruction("add", "sub")
+@instruction("add", "sub", "addc", "subc")
 def add(x: Operation) -> Step:
+    """.cc sets the carry (of sub: the borrow), addc and subc take it in."""
     if not _is_integer(x):
         return floating.arithmetic(x)
     kind = x.modifiers.last_type(_NUMBERS)
     target, a, b = x.operands(3)
-    if x.modifiers.flag("cc") or x.modifiers.flag("sat"):
-        raise UnknownInstruction("carry and saturation")
     unsigned = f"u{kind[1:]}"
     read_a, read_b, write = x.read(a, unsigned), x.read(b, unsigned), x.write(target, unsigned)
-    if x.mnemonic == "add":
+    function = np.add if x.mnemonic.startswith("add") else np.subtract
+    if not x.modifiers.flag("cc") and not x.mnemonic.endswith("c"):
+        if x.mnemonic == "sub":
+            return lambda: write(read_a() - read_b())
         return lambda: write(read_a() + read_b())
-    return lambda: write(read_a() - read_b())
+    return _with_carry(x, function, (read_a, read_b), unsigned)
 
 
-@instruction("mul", "mad")
+def _with_carry(x: Operation, function: np.ufunc, reads: tuple[Read, Read], kind: str) -> Step:
+    """a + b, a - b with carries. reads: a and b as unsigned words."""
+    read_a, read_b = reads
+    write, write_carry = x.write(x.instruction.operands[0], kind), x.write(CARRY, "pred")
+    sets = "cc" in x.instruction.modifiers
+    read_carry = x.read(CARRY, "pred") if x.mnemonic.endswith("c") else None
+    dtype = DTYPES[kind]
+    added = function is np.add
+
+    def step() -> None:
+        first, second = read_a(), read_b()
+        result = function(first, second)
+        carry = result < first if added else first < second
+        if read_carry is not None:
+            given = read_carry().astype(dtype)
+            before, result = result, function(result, given)
+            carry = carry | ((result < before) if added else (before < given))
+        if sets:
+            write_carry(carry)
+        write(result)
+
+    return step
+
+
+@instruction("mul", "mad", "madc")
 def mul(x: Operation) -> Step:
     if not _is_integer(x):
         return floating.arithmetic(x)
@@ -45,13 +71,15 @@ def mul(x: Operation) -> Step:
     result = f"{kind[0]}{16 * size}" if part == "wide" else kind
     if result not in _NUMBERS:
         raise UnknownInstruction(f".wide.{kind}")
-    target, a, b, *c = x.operands(4 if x.mnemonic == "mad" else 3)
+    target, a, b, *c = x.operands(3 if x.mnemonic == "mul" else 4)
     product = _PRODUCTS[part](x, kind, a, b)
     unsigned = f"u{result[1:]}"
     write = x.write(target, unsigned)
     if not c:
         return lambda: write(product())
     addend = x.read(c[0], unsigned)
+    if x.modifiers.flag("cc") or x.mnemonic == "madc":
+        return _with_carry(x, np.add, (product, addend), unsigned)
     return lambda: write(product() + addend())
 
 
