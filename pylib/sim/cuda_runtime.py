@@ -64,7 +64,9 @@ def _module_in_place(module: Any) -> Iterator[None]:
 @cache
 def _load(library: Path) -> ModuleType:
     """The extension module in `library`; the file is named after it."""
-    spec = importlib.util.spec_from_file_location(library.stem, library)
+    # pybind11 gives a module that has the same full name as an earlier one that one's functions.
+    name = f"fusetune.sim.{library.parent.name}.{library.stem}"
+    spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

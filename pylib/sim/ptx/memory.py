@@ -230,7 +230,7 @@ class SharedMemory:
         requests, waves = traffic.wavefronts(at, size, m.mask)
         m.counts.shared_store_requests += requests
         m.counts.shared_store_wavefronts += waves
-        self.note_store(m, at, size)
+        self.note_store(m, at, size, values)
         scatter(self._data, at, values, m.mask)
 
     def atomic(self, m: Machine, address: Array, size: int) -> tuple[Array, Array]:
@@ -296,17 +296,38 @@ class SharedMemory:
             several = np.broadcast_to(floor | _MANY, places.shape)
             self._reader[places[twice]] = several[twice]
 
-    def note_store(self, m: Machine, at: Array, size: int) -> None:
-        """Checks a store of all threads in the mask, and remembers it."""
+    def note_store(
+        self, m: Machine, at: Array, size: int, values: list[Value] | None = None
+    ) -> None:
+        """Checks a store of all threads in the mask, and remembers it.
+
+        Warps that store the same value in the same place do not race: Triton lets all warps that
+        hold a copy of a value store it.
+        """
         if not self.check:
             return
         self._mark(at if m.mask is None else at[m.mask], size, _WRITTEN)
         lanes, places = self._places(m, at, size)
-        self._raise_race(m, lanes, self._conflict(m, self._writer, lanes, places), "store")
         self._raise_race(m, lanes, self._conflict(m, self._reader, lanes, places), "store")
+        earlier = self._conflict(m, self._writer, lanes, places)
+        if values is not None and earlier.any():
+            earlier &= ~self._holds(m, at, values)[lanes]
+        self._raise_race(m, lanes, earlier, "store")
         tag = m.tag[lanes]
         self._writer[places] = tag
-        self._raise_race(m, lanes, self._writer[places] != tag, "store")
+        together = self._writer[places] != tag
+        if values is not None and together.any():
+            scatter(self._data, at, values, m.mask)
+            together &= ~self._holds(m, at, values)[lanes]
+        self._raise_race(m, lanes, together, "store")
+
+    def _holds(self, m: Machine, at: Array, values: list[Value]) -> Array:
+        """For each thread, whether its values are what memory holds already."""
+        bits = np.dtype(f"u{values[0].dtype.itemsize}")
+        same = np.ones(m.lanes, np.bool_)
+        for value, held in zip(values, gather(self._data, at, bits, len(values)), strict=True):
+            same &= np.broadcast_to(value, m.lanes).view(bits) == held
+        return same
 
     def _mark(self, at: Array, size: int, state: np.uint8) -> None:
         word = min(size, 8)
