@@ -1,1 +1,4 @@
-"""Triton kernels, imported as ``fusetune._triton``: none yet."""
+"""Triton kernels, imported as ``fusetune._triton``: one file for each op, `launch_*` in each.
+
+They import torch and triton only, and are imported when an op first runs on them.
+"""

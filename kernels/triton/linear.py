@@ -1,0 +1,250 @@
+"""y = x W^T + s B^T + bias and dX = dY W + mask * (dS A): a matrix product with LoRA in its tail.
+
+Tiling: one program makes a tile [ROWS, COLS] of the result, DEPTH of the inner dimension at a time;
+neighbouring programs share operands in the cache (GROUP rows of tiles together). The adapter's
+factors come first: their product, RANKS at a time, is what the accumulator starts from, so that the
+result is written once and never read; in dX it is masked there, the mask drawn in registers.
+
+Bytes: the three dense operands, and (M + N) r of the factors.
+
+W is dense here, in x's dtype. fp32 products are IEEE's, not TF32's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fusetune._triton._tile import keep_mask, signed
+
+_GROUP = 8
+
+
+class Tiles(NamedTuple):
+    """Of the base product; `tiles` has the table."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By compute capability: 16-bit activations, M above 64. Chosen by what fits: shared memory of 163,
+# 99 and 227 kB, no spilled registers, wgmma's 64 rows a warp group on sm_90.
+_TABLE = {
+    80: Tiles(128, 128, 64, 8, 3),
+    86: Tiles(128, 128, 32, 8, 3),
+    89: Tiles(128, 128, 32, 8, 3),
+    90: Tiles(128, 256, 64, 8, 3),
+    100: Tiles(128, 256, 64, 8, 3),
+    120: Tiles(128, 128, 32, 8, 3),
+}
+_MASKED = {90: Tiles(128, 128, 64, 8, 3), 100: Tiles(128, 128, 64, 8, 3)}  # with dropout
+_SMALL = Tiles(32, 64, 64, 4, 3)
+_FP32 = Tiles(64, 64, 16, 8, 2)
+
+
+def tiles(arch: int, m: int, dtype: torch.dtype, quads: bool | None = None) -> Tiles:
+    """The tiles for a device of capability `arch` (80, 86, ...). An unknown one has sm_86's.
+
+    quads: of a dropout, whether one counter serves four elements: otherwise masks take registers.
+    """
+    if dtype == torch.float32:
+        return _FP32
+    if m <= 64 or quads is False:
+        return _SMALL
+    known = arch if arch in _TABLE else 86
+    return _TABLE[known] if quads is None else _MASKED.get(known, _TABLE[known])
+
+
+@triton.jit
+def _tile_of(M, N, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr):
+    """(row, column) of this program's tile: GROUP rows of tiles are worked on together."""
+    row_tiles, col_tiles = tl.cdiv(M, ROWS), tl.cdiv(N, COLS)
+    group = tl.program_id(0) // (GROUP * col_tiles)
+    first = group * GROUP
+    size = tl.minimum(row_tiles - first, GROUP)
+    inside = tl.program_id(0) % (GROUP * col_tiles)
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def _add_tail(
+    acc,
+    s,
+    b,
+    row,
+    col,
+    M,
+    N,
+    r,
+    stride_bn,
+    stride_br,
+    scaling,
+    DTYPE: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """acc + scaling s b, s [M, r] and b [r, N] read with its strides, both in DTYPE."""
+    rank = tl.arange(0, RANKS)
+    for r0 in range(0, r, RANKS):
+        valid = r0 + rank < r
+        left = tl.load(
+            s + row[:, None] * r + (r0 + rank)[None, :],
+            mask=(row < M)[:, None] & valid[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            b + (r0 + rank)[:, None] * stride_br + col[None, :] * stride_bn,
+            mask=valid[:, None] & (col < N)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot((left * scaling).to(DTYPE), right.to(DTYPE), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _linear(
+    x,
+    w,
+    s,
+    b,
+    bias,
+    col_scale,
+    seed,
+    y,
+    M,
+    N,
+    K,
+    r,
+    stride_x,
+    stride_wn,
+    stride_wk,
+    stride_bn,
+    stride_br,
+    stride_y,
+    scaling,
+    threshold,
+    factor,
+    BASE: tl.constexpr,
+    TAIL: tl.constexpr,
+    BIAS: tl.constexpr,
+    COL_SCALE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    RANKS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_tile, col_tile = _tile_of(M, N, ROWS, COLS, GROUP)
+    row = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = col_tile.to(tl.int64) * COLS + tl.arange(0, COLS)
+    inner = tl.arange(0, DEPTH)
+    row_valid, col_valid = row < M, col < N
+    inside = row_valid[:, None] & col_valid[None, :]
+    target = y + row[:, None] * stride_y + col[None, :]
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    if TAIL:  # first: what its mask needs besides the accumulator is then free for the loop
+        dtype: tl.constexpr = y.dtype.element_ty
+        acc = _add_tail(acc, s, b, row, col, M, N, r, stride_bn, stride_br, scaling, dtype, RANKS)
+        if DROPOUT:
+            kept = keep_mask(seed, row, col_tile * COLS, N, threshold, COLS, ALIGNED)
+            acc = tl.where(kept, acc * factor, 0.0)
+    if BASE:
+        x_at = x + row[:, None] * stride_x + inner[None, :]
+        w_at = w + inner[:, None] * stride_wk + col[None, :] * stride_wn
+        for k in range(0, K, DEPTH):
+            left = tl.load(x_at, mask=row_valid[:, None] & (k + inner < K)[None, :], other=0.0)
+            right = tl.load(w_at, mask=(k + inner < K)[:, None] & col_valid[None, :], other=0.0)
+            acc = tl.dot(left, right, acc, input_precision="ieee")
+            x_at += DEPTH
+            w_at += DEPTH * stride_wk
+    else:
+        acc += tl.load(target, mask=inside, other=0.0).to(tl.float32)
+    if COL_SCALE:
+        acc *= tl.load(col_scale + col, mask=col_valid, other=0.0)[None, :]
+    if BIAS:
+        acc += tl.load(bias + col, mask=col_valid, other=0.0)[None, :]
+    tl.store(target, acc.to(y.dtype.element_ty), mask=inside)
+
+
+class Tail(NamedTuple):
+    """scaling s b: s fp32 [M, r], contiguous; b any dtype, [N, r] with any strides."""
+
+    s: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+class Dropout(NamedTuple):
+    """Of the tail: what draws its mask (int64 [1], 32 bits) and the factor of what is kept."""
+
+    seed: torch.Tensor
+    threshold: int
+    factor: float
+
+
+def launch_linear(
+    x: torch.Tensor | None,
+    w: torch.Tensor | None,
+    y: torch.Tensor,
+    *,
+    arch: int,
+    tail: Tail | None = None,
+    bias: torch.Tensor | None = None,
+    col_scale: torch.Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> None:
+    """y = col_scale * (x w^T + drop(tail)) + bias; without x and w: y is added to instead.
+
+    x: [M, K], rows contiguous; w: [N, K] with any strides, in x's dtype (dX passes its W
+    transposed); y: [M, N], rows contiguous, fp32, fp16 or bf16; bias, col_scale: fp32 [N],
+    contiguous.
+    """
+    m, n = y.shape
+    if m == 0 or n == 0:
+        return
+    base = x is not None and w is not None
+    quads = None if dropout is None else n % 4 == 0
+    shape = tiles(arch, m, y.dtype, quads)
+    _linear[(triton.cdiv(m, shape.rows) * triton.cdiv(n, shape.cols),)](
+        x if base else y,
+        w if base else y,
+        y if tail is None else tail.s,
+        y if tail is None else tail.b,
+        y if bias is None else bias,
+        y if col_scale is None else col_scale,
+        y if dropout is None else dropout.seed,
+        y,
+        m,
+        n,
+        x.shape[1] if x is not None else 0,
+        0 if tail is None else tail.s.shape[1],
+        x.stride(0) if x is not None else 0,
+        w.stride(0) if w is not None else 0,
+        w.stride(1) if w is not None else 0,
+        0 if tail is None else tail.b.stride(0),
+        0 if tail is None else tail.b.stride(1),
+        y.stride(0),
+        1.0 if tail is None else tail.scaling,
+        0 if dropout is None else signed(dropout.threshold),
+        1.0 if dropout is None else dropout.factor,
+        BASE=base,
+        TAIL=tail is not None,
+        BIAS=bias is not None,
+        COL_SCALE=col_scale is not None,
+        DROPOUT=dropout is not None,
+        ALIGNED=bool(quads),
+        ROWS=shape.rows,
+        COLS=shape.cols,
+        DEPTH=shape.depth,
+        RANKS=16 if tail is None or tail.s.shape[1] <= 16 else 32,
+        GROUP=_GROUP,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
+    )
