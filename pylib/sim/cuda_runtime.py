@@ -136,7 +136,7 @@ def device_of(library: Path, arch: int) -> Iterator[Device]:
     start = ctypes.CDLL(str(library)).fusetune_sim_start
     start(arch, callback)
     before = torch.Tensor.data_ptr
-    torch.Tensor.data_ptr = device.tensors.data_ptr  # type: ignore[method-assign,assignment]
+    torch.Tensor.data_ptr = device.tensors.data_ptr  # type: ignore[method-assign]
     try:
         yield device
     finally:

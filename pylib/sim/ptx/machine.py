@@ -207,7 +207,7 @@ class Machine:
         """A step that only the threads execute whose predicate holds."""
 
         def run() -> None:
-            holds = self.regs[guard]
+            holds: Any = self.regs[guard]
             if holds is None or guard in self._partly:
                 self.raise_unless_written(guard)
             if negated:
@@ -279,13 +279,15 @@ class Machine:
             self._waiting |= arrived
             return
         if self._pc is not None:  # nobody else is left to wait for
-            ctas = len(self._epoch)
-            opened = np.ones(ctas, np.bool_)
-            if self._live is not None:
-                opened = self._live.reshape(ctas, -1).any(1)
-            self._open(opened)
+            self._open(self._ctas_where(self._live))
             return
         self._waiting[slice(None) if self.mask is None else self.mask] = True
+
+    def _ctas_where(self, threads: Array | None) -> Array:
+        """[ctas] which have a thread among these (None: all)."""
+        if threads is None:
+            return np.ones(len(self._epoch), np.bool_)
+        return np.asarray(threads.reshape(len(self._epoch), -1).any(1))
 
     def _open(self, opened: Array) -> None:
         self.counts.barriers += int(np.count_nonzero(opened))
@@ -371,14 +373,13 @@ class Machine:
         """After a block of divergent threads: opens barriers, and sees who has met again."""
         live = self._live
         if self._waiting.any():
-            ctas = len(self._epoch)
             if live is not None:
                 self._waiting &= live
-            arrived = self._waiting if live is None else self._waiting | ~live
-            opened = arrived.reshape(ctas, -1).all(1) & self._waiting.reshape(ctas, -1).any(1)
+            absent = ~self._waiting if live is None else live & ~self._waiting
+            opened = self._ctas_where(self._waiting) & ~self._ctas_where(absent)
             if opened.any():
                 self._open(opened)
-                self._waiting.reshape(ctas, -1)[opened] = False
+                self._waiting.reshape(len(opened), -1)[opened] = False
             if self._waiting.any():
                 return
         pcs = self._pcs if live is None else self._pcs[live]

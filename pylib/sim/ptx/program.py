@@ -149,8 +149,7 @@ def _argument(arg: Any, param: Variable) -> bytes:
             raise SimError(f"{len(arg)} bytes for {param.name}, which has {param.size}")
         return bytes(arg)
     if isinstance(arg, float):
-        kind = {2: np.float16, 4: np.float32, 8: np.float64}[param.size]
-        return kind(arg).tobytes()
+        return np.array(arg, f"f{param.size}").tobytes()
     if arg is None:
         number = 0
     elif isinstance(arg, np.ndarray):

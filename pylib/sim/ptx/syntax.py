@@ -93,7 +93,8 @@ def parse(text: str) -> Module:
         _read_body(kernel, text[match.end() : position - 1], files)
         kernels[kernel.name] = kernel
     top = re.sub(r"//[^\n]*", "", "".join(outside))
-    variables, shared = [], []
+    variables: list[Variable] = []
+    shared: list[Variable] = []
     for match in _VARIABLE.finditer(top):
         (shared if match["space"] == "shared" else variables).append(_variable(match))
     return Module(kernels, variables, shared)

@@ -13,15 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[Any]
+DType: TypeAlias = np.dtype[Any]
 Value: TypeAlias = Any  # an Array, or a numpy scalar
 
-INTEGERS = {
+INTEGERS: dict[str, DType] = {
     **{f"u{8 * n}": np.dtype(f"u{n}") for n in (1, 2, 4, 8)},
     **{f"s{8 * n}": np.dtype(f"i{n}") for n in (1, 2, 4, 8)},
 }
-BITS = {f"b{8 * n}": np.dtype(f"u{n}") for n in (1, 2, 4, 8)}
-FLOATS = {"f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8")}
-ENCODED = {
+BITS: dict[str, DType] = {f"b{8 * n}": np.dtype(f"u{n}") for n in (1, 2, 4, 8)}
+FLOATS: dict[str, DType] = {"f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8")}
+ENCODED: dict[str, DType] = {
     "bf16": np.dtype("u2"),
     "tf32": np.dtype("u4"),
     "f16x2": np.dtype("u4"),
@@ -32,9 +33,9 @@ ENCODED = {
     "e4m3x2": np.dtype("u2"),
     "e5m2x2": np.dtype("u2"),
 }
-DTYPES = {**INTEGERS, **BITS, **FLOATS, **ENCODED, "pred": np.dtype(np.bool_)}
-UNSIGNED = {n: np.dtype(f"u{n}") for n in (1, 2, 4, 8)}
-SIGNED = {n: np.dtype(f"i{n}") for n in (1, 2, 4, 8)}
+DTYPES: dict[str, DType] = {**INTEGERS, **BITS, **FLOATS, **ENCODED, "pred": np.dtype(np.bool_)}
+UNSIGNED: dict[int, DType] = {n: np.dtype(f"u{n}") for n in (1, 2, 4, 8)}
+SIGNED: dict[int, DType] = {n: np.dtype(f"i{n}") for n in (1, 2, 4, 8)}
 
 FLOAT_TYPES = frozenset({*FLOATS, "bf16", "tf32"})  # one number
 PAIR_TYPES = frozenset({"f16x2", "bf16x2", "f32x2"})  # two numbers
@@ -44,7 +45,7 @@ def is_signed(name: str) -> bool:
     return name in INTEGERS and name[0] == "s"
 
 
-def raw(name: str) -> np.dtype[Any]:
+def raw(name: str) -> DType:
     """The unsigned dtype with a type's bits."""
     return DTYPES[name] if name == "pred" else UNSIGNED[DTYPES[name].itemsize]
 

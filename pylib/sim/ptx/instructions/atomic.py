@@ -11,9 +11,9 @@ from fusetune.sim.errors import UnknownInstruction
 from fusetune.sim.ptx.instructions.load_store import take_space
 from fusetune.sim.ptx.instructions.registry import instruction
 from fusetune.sim.ptx.machine import Step
-from fusetune.sim.ptx.memory import space_of
+from fusetune.sim.ptx.memory import GlobalMemory, LocalMemory, SharedMemory, space_of
 from fusetune.sim.ptx.operation import Operation
-from fusetune.sim.ptx.types import DTYPES, UNSIGNED, bf16_to_f32, f32_to_bf16
+from fusetune.sim.ptx.types import DTYPES, Array, bf16_to_f32, f32_to_bf16
 
 _ADDABLE = {"u32", "s32", "u64", "s64", "f16", "bf16", "f16x2", "bf16x2", "f32", "f64"}
 _TYPES = {
@@ -85,10 +85,14 @@ def atomic(x: Operation) -> Step:
     dtype = DTYPES[kind]
     function = _add(kind) if name == "add" else _SIMPLE.get(name)
 
+    def memory_at(at: Array) -> GlobalMemory | SharedMemory | LocalMemory:
+        if space == "generic":
+            return space_of(m, at)
+        return m.memory if space == "global" else m.shared
+
     def step() -> None:
         at = address()
-        memory = {"global": m.memory, "shared": m.shared}.get(space) or space_of(m, at)
-        data, offsets = memory.atomic(m, at, dtype.itemsize * count)
+        data, offsets = memory_at(at).atomic(m, at, dtype.itemsize * count)
         words = data.view(dtype)
         operands = [[m.spread(read()) for read in v] for v in reads]
         before = [np.zeros(m.lanes, dtype) for _ in range(count)]
@@ -106,6 +110,3 @@ def atomic(x: Operation) -> Step:
             write(value)
 
     return step
-
-
-__all__ = ["UNSIGNED"]

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from fusetune.sim.errors import UnknownInstruction
 from fusetune.sim.ptx.instructions.registry import instruction
 from fusetune.sim.ptx.machine import Machine, Step
 from fusetune.sim.ptx.operation import Operation, Read, Write
@@ -203,6 +202,3 @@ def testp(x: Operation) -> Step:
         return lambda: write(np.isfinite(read()))
     test: Callable[..., Any] = function
     return lambda: write(test(read()))
-
-
-__all__ = ["UnknownInstruction", "arithmetic", "read_numbers", "write_numbers"]

@@ -9,7 +9,7 @@ from fusetune.sim.ptx.instructions.registry import instruction
 from fusetune.sim.ptx.machine import Step
 from fusetune.sim.ptx.memory import LOCAL_WINDOW, SHARED_WINDOW
 from fusetune.sim.ptx.operation import Operation
-from fusetune.sim.ptx.types import BITS, DTYPES, FLOATS, INTEGERS, UNSIGNED
+from fusetune.sim.ptx.types import BITS, DTYPES, FLOATS, INTEGERS, UNSIGNED, Array, Value
 
 _MOVABLE = {*BITS, *INTEGERS, *FLOATS, "pred"}
 
@@ -97,7 +97,7 @@ def selp(x: Operation) -> Step:
     write, dtype = x.write(target, kind), DTYPES[kind]
 
     def step() -> None:
-        chosen = np.where(holds(), read_yes(), read_no())
+        chosen: Value = np.where(holds(), read_yes(), read_no())
         write(chosen if chosen.dtype == dtype else chosen.astype(dtype))
 
     return step
@@ -127,7 +127,7 @@ def prmt(x: Operation) -> Step:
     return step
 
 
-def _permute(a: np.ndarray, b: np.ndarray, chosen: list[int]) -> np.ndarray:
+def _permute(a: Array, b: Array, chosen: list[int]) -> Array:
     source_a, source_b = a.view(np.uint8).reshape(-1, 4), b.view(np.uint8).reshape(-1, 4)
     result = np.empty((len(a), 4), np.uint8)
     for i, nibble in enumerate(chosen):

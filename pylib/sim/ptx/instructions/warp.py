@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ def _members(m: Machine, mask: Value) -> Array:
     return named if m.mask is None else named & m.mask.reshape(-1, WARP)
 
 
-def _per_thread(value: Array) -> Array:
+def _per_thread(value: Value) -> Array:
     return np.repeat(value, WARP)
 
 
@@ -185,6 +184,3 @@ def elect(x: Operation) -> Step:
 def _active(m: Machine) -> Array:
     mask = np.ones(m.lanes, np.bool_) if m.mask is None else m.mask
     return mask.reshape(-1, WARP)
-
-
-__all__ = ["Callable"]
