@@ -183,7 +183,7 @@ class BuildExt(build_ext):
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            extra_postargs=["-ldl", *os.environ.get("FUSETUNE_LDFLAGS", "").split()],
+            extra_postargs=os.environ.get("FUSETUNE_LDFLAGS", "").split(),
             target_lang="c++",
         )
 

@@ -15,7 +15,7 @@ import torch
 __all__ = ["C", "reason"]
 
 AT_GET_NUM_THREADS = "_ZN2at15get_num_threadsEv"  # at::get_num_threads()
-GOMP_PARALLEL = "GOMP_parallel"  # a parallel region, in the OpenMP runtime that libtorch is linked to
+GOMP_PARALLEL = "GOMP_parallel"  # a parallel region of the OpenMP that libtorch is linked to
 
 
 def _load() -> tuple[ModuleType | None, str | None]:

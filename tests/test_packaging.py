@@ -1,10 +1,13 @@
 """`pip install .`: the wheel holds all of the package, native module included."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
@@ -40,3 +43,27 @@ def test_wheel_works_elsewhere(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "scalar" in result.stdout
+
+
+def test_wheel_for_another_machine(tmp_path):
+    """Built by a cross compiler: the wheel and its native module are for aarch64."""
+    compilers = {"CC": "aarch64-linux-gnu-gcc", "CXX": "aarch64-linux-gnu-g++"}
+    for compiler in compilers.values():
+        if not shutil.which(compiler):
+            pytest.skip(f"{compiler} is not installed")
+    suffix = f".cpython-{sys.version_info.major}{sys.version_info.minor}-aarch64-linux-gnu.so"
+    target = {
+        "FUSETUNE_TARGET_MACHINE": "aarch64",
+        "_PYTHON_HOST_PLATFORM": "linux-aarch64",
+        "SETUPTOOLS_EXT_SUFFIX": suffix,
+    }
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    environment = {**os.environ, **compilers, **target}
+    subprocess.run([*command, "-w", str(tmp_path), str(ROOT)], check=True, env=environment)
+    (wheel,) = tmp_path.glob("fusetune-*-linux_aarch64.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        modules = [name for name in archive.namelist() if name.endswith(".so")]
+        assert modules == [f"fusetune/_C{suffix}"]
+        header = archive.read(modules[0])[:20]
+    assert header[:5] == b"\x7fELF\x02"
+    assert int.from_bytes(header[18:], "little") == 183  # EM_AARCH64

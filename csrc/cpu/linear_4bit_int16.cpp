@@ -109,13 +109,6 @@ bool linear_4bit_int16(const Matrix& x, int64_t m, int64_t n, int64_t k, const W
   return true;
 }
 
-#else
-
-bool linear_4bit_int16(const Matrix&, int64_t, int64_t, int64_t, const Weight4bit&, const float*, const LowRank&,
-                       const MutMatrix&) {
-  return false;
-}
-
 #endif
 }  // namespace FUSETUNE_ISA
 }  // namespace fusetune

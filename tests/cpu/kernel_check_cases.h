@@ -240,9 +240,7 @@ int check_table(const Kernels& kernels) {
   report("dequantize_4bit", check_dequantize_4bit(kernels));
   report("linear", check_linear(kernels));
   report("linear_dx", check_linear_dx(kernels));
-  const Result int16 = check_linear_4bit_int16(kernels);
-  // It may refuse, and always does where there is no such code: on scalar and NEON.
-  if (int16.checked || kernels.lanes >= 8) report("linear_4bit_int16", int16);
+  if (kernels.linear_4bit_int16) report("linear_4bit_int16", check_linear_4bit_int16(kernels));
   const LoraResults lora = check_lora(kernels);
   report("lora_shrink", lora.shrink);
   report("lora_ds_db: ds", lora.ds);

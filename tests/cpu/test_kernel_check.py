@@ -50,7 +50,7 @@ def build(machine: str, compiler: str, flags: list[str]) -> Path:
         objects = list(pool.map(compile_one, jobs))
     # Named at the end: an interrupted build leaves no driver behind.
     unfinished = folder / "unfinished"
-    run([compiler, *flags, *objects, "-o", str(unfinished), "-lpthread", "-ldl"])
+    run([compiler, *flags, *objects, "-o", str(unfinished), "-lpthread"])
     unfinished.rename(driver)
     return driver
 
