@@ -69,6 +69,13 @@ def supports(case: Case) -> str | None:
     return reason()
 
 
+def reads(weight: QuantizedWeight) -> str | None:
+    """Why the kernels cannot read this weight; None where they can."""
+    if weight.nested_blocksize & (weight.nested_blocksize - 1):
+        return f"nested_blocksize {weight.nested_blocksize} is not a power of two"
+    return None
+
+
 def refuses(
     m: int, n: int, k: int, dtype: torch.dtype, weight: Weight, rank: int = 0, *, dx: bool = False
 ) -> str | None:
@@ -89,8 +96,8 @@ def refuses(
         return f"an empty weight [{n}, {k}]"
     if k % _MULTIPLE:
         return f"K = {k} is not a multiple of {_MULTIPLE}"
-    if weight.nested_blocksize & (weight.nested_blocksize - 1):
-        return f"nested_blocksize {weight.nested_blocksize} is not a power of two"
+    if (why := reads(weight)) is not None:
+        return why
     if weight.packed.data_ptr() % _ALIGNMENT:
         return f"the packed weight is not aligned to {_ALIGNMENT} bytes"
     if (why := reason()) is not None:

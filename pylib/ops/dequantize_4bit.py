@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fusetune.ops import _cpu
+from fusetune.ops import _cpu, _cuda
 from fusetune.ops._registry import LIB, Impl, Op, plain
 from fusetune.ops._weight import SCHEMA, flatten, unflatten
 from fusetune.quantized_weight import QuantizedWeight
@@ -69,12 +69,20 @@ def _cpu_write(w: QuantizedWeight, out: torch.Tensor) -> None:
     _cpu.kernels().dequantize_4bit(_cpu.weight_4bit(w), out.data_ptr(), code)
 
 
+def _cuda_write(w: QuantizedWeight, out: torch.Tensor) -> None:
+    if _cuda.reads(w) is None:
+        _cuda.dequantize_4bit(w, out)
+    else:
+        _reference_write(w, out)
+
+
 def _reference_write(w: QuantizedWeight, out: torch.Tensor) -> None:
     out.copy_(reference.dequantize_4bit(w, out.dtype).view(out.shape))
 
 
 OP = Op(
     "dequantize_4bit",
+    Impl("cuda", _cuda_write, _cuda.supports, 30),
     Impl("cpu", _cpu_write, _cpu.supports("dequantize_4bit"), 10),
     Impl("reference", _reference_write, lambda case: None, 0),
 )

@@ -1,0 +1,290 @@
+"""The CUDA kernels of linear_4bit, their compiled PTX executed: results, splits, traffic, refusals.
+
+What every backend is tested for is in test_linear_4bit.py; here is what only these kernels have.
+"""
+
+import pytest
+import torch
+from tolerance import assert_close, one_thread
+from torch.nn.functional import linear
+
+from fusetune import ops, sim
+from fusetune.ops import _cuda
+from fusetune.reference.dropout import dropout, keep_mask
+from fusetune.sim.cuda_build import CannotBuild
+
+HALVES = (torch.float16, torch.bfloat16)
+WEIGHTS = {
+    "nf4": {},
+    "nf4 nested": {"double_quant": True},
+    "fp4 nested": {"quant_type": "fp4", "double_quant": True, "blocksize": 32},
+    "fp4": {"quant_type": "fp4", "blocksize": 4096},
+}
+
+
+@pytest.fixture(scope="module", params=[75, 80], ids=["sm_75", "sm_80"])
+def arch(request):
+    return request.param
+
+
+@pytest.fixture
+def run(arch):
+    """The simulator, in force; what it has launched."""
+    try:
+        simulator = sim.cuda_sim(arch)
+        with simulator as launched:
+            yield launched
+    except CannotBuild as why:
+        pytest.skip(str(why))
+
+
+def tensors(m, n, k, r, dtype, kind):
+    """Everything that the forward and the backward pass of a layer take."""
+    with ops.use_backend("reference"):
+        w = ops.quantize_4bit(torch.randn(n, k), **WEIGHTS[kind])
+        exact, dense = (ops.dequantize_4bit(w, t) for t in (torch.float64, dtype))
+    x, dy, bias = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), torch.randn(n)
+    s, lora_A = torch.randn(m, r), torch.randn(r, k) / r**0.5
+    return w, exact, dense, x, dy, bias, s, torch.randn(n, r) / r**0.5, lora_A
+
+
+def check_forward(y, exact, dense, x, bias, s, lora_B, scaling):
+    def exactly(x, w, bias, s, b):
+        return linear(x.double(), w, bias.double()) + scaling * s.double() @ b.double().T
+
+    dtype = x.dtype
+    with one_thread():
+        wanted = exactly(x, exact, bias, s, lora_B)
+        magnitude = exactly(*(t.abs() for t in (x, exact, bias, s, lora_B)))
+        tail = scaling * (s.to(dtype) @ lora_B.to(dtype).T)
+        eager = linear(x, dense, bias.to(dtype)) + tail
+    assert_close("y", y, wanted, eager, magnitude)
+
+
+def check_backward(dx, exact, dense, dy, ds, lora_A, p, seed):
+    def exactly(dy, w, ds, a):
+        return dy.double() @ w + dropout(ds.double() @ a.double(), p, seed)
+
+    dtype = dy.dtype
+    with one_thread():
+        wanted = exactly(dy, exact, ds, lora_A)
+        magnitude = exactly(*(t.abs() for t in (dy, exact, ds, lora_A)))
+        eager = dy @ dense + dropout(ds.to(dtype) @ lora_A.to(dtype), p, seed)
+    assert_close("dx", dx, wanted, eager, magnitude)
+
+
+# M below, at and across every tile; N and K off the tile's grid; every kind of weight; both dtypes.
+CASES = (
+    (1, 48, 1056, "nf4 nested", 16, 1),
+    (2, 33, 96, "fp4", 1, 1),
+    (5, 17, 1184, "fp4 nested", 8, 3),
+    (8, 130, 544, "nf4", 5, 2),
+    (9, 200, 544, "nf4 nested", 16, 1),
+    (16, 133, 288, "fp4 nested", 64, 3),
+    (33, 130, 416, "nf4", 3, 2),
+    (64, 96, 160, "fp4", 17, 1),
+    (130, 133, 160, "nf4 nested", 8, 2),
+    (256, 72, 96, "fp4 nested", 4, 1),
+)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_float64(run, case, dtype):
+    """Bias, low-rank tail, dropout and splits in all of them; bfloat16 only from sm_80."""
+    m, n, k, kind, r, splits = case
+    w, exact, dense, x, dy, bias, s, lora_B, lora_A = tensors(m, n, k, r, dtype, kind)
+    if run.arch < 80 and dtype == torch.bfloat16:
+        assert "bfloat16" in _cuda.refuses(m, n, k, dtype, w, r)
+        return
+    assert _cuda.refuses(m, n, k, dtype, w, r) is None
+    y = _cuda.linear_4bit(x, w, bias, (s, lora_B, 0.5), splits=splits)
+    assert len(run.launches) == (2 if splits > 1 else 1)
+    check_forward(y, exact, dense, x, bias, s, lora_B, 0.5)
+    assert _cuda.refuses(m, n, k, dtype, w, r, dx=True) is None
+    seed = torch.tensor([0x0123_4567_89AB_CDEF])
+    dx = _cuda.linear_4bit_dx(dy, w, (s, lora_A, 1.0), (0.3, seed), min(splits, -(-n // 64)))
+    check_backward(dx, exact, dense, dy, s, lora_A, 0.3, seed)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_fp32_matches_float64(run, kind):
+    w, exact, dense, x, _, bias, s, lora_B, _ = tensors(7, 35, 320, 5, torch.float32, kind)
+    for m in (1, 7):
+        y = _cuda.linear_4bit(x[:m], w, bias, (s[:m], lora_B, 0.5))
+        check_forward(y, exact, dense, x[:m], bias, s[:m], lora_B, 0.5)
+
+
+def test_without_tail_bias_and_dropout(run):
+    w, exact, dense, x, dy, _, s, _, lora_A = tensors(12, 72, 160, 4, torch.float16, "nf4")
+    nothing = torch.zeros(12, 4), torch.zeros(72, 4), 1.0
+    check_forward(_cuda.linear_4bit(x, w), exact, dense, x, torch.zeros(72), *nothing)
+    check_backward(_cuda.linear_4bit_dx(dy, w), exact, dense, dy, s * 0, lora_A, 0.0, None)
+    check_backward(
+        _cuda.linear_4bit_dx(dy, w, (s, lora_A, 1.0)), exact, dense, dy, s, lora_A, 0.0, None
+    )
+
+
+def test_the_mask_is_that_of_the_definition(run):
+    """dy is zero, so that dx shows the masked tail alone."""
+    w, *_ = tensors(20, 8, 96, 1, torch.float16, "nf4")
+    seed = torch.tensor([2**62 + 12345])
+    dy, ones = torch.zeros(20, 8).half(), (torch.ones(20, 1), torch.ones(1, 96), 1.0)
+    dx = _cuda.linear_4bit_dx(dy, w, ones, (0.5, seed))
+    assert torch.equal(dx, 2.0 * keep_mask(20, 96, 0.5, seed).half())
+
+
+def test_a_split_is_deterministic_and_chosen_where_columns_are_few(run):
+    w, _, _, x, *_ = tensors(20, 64, 2048, 1, torch.float16, "nf4 nested")
+    first = _cuda.linear_4bit(x, w)
+    assert run.launches[0].grid[2] > 1
+    assert len(run.launches) == 2
+    assert torch.equal(first, _cuda.linear_4bit(x, w))
+
+
+def test_strides_and_alignment(run):
+    """Rows that 16-byte loads cannot reach are copied; others are read where they are."""
+    w, _, _, x, dy, *_ = tensors(3, 20, 64, 1, torch.float16, "nf4")
+    y, dx = _cuda.linear_4bit(x, w), _cuda.linear_4bit_dx(dy, w)
+    for pitch, offset in ((64, 0), (72, 0), (65, 0), (64, 1), (0, 0)):
+        wide = torch.empty(offset + 3 * max(pitch, 64), dtype=x.dtype).fill_(torch.nan)
+        rows = wide.as_strided((3, 64), (pitch, 1), offset)
+        for i in range(3 if pitch else 1):
+            rows[i] = x[i]
+        assert torch.equal(_cuda.linear_4bit(rows, w), y if pitch else y[:1].expand(3, 20))
+    rows = torch.full((3, 31), torch.nan, dtype=x.dtype)[:, 1:21]
+    rows.copy_(dy)
+    assert torch.equal(_cuda.linear_4bit_dx(rows, w), dx)
+
+
+def test_no_rows(run):
+    w, *_ = tensors(1, 24, 64, 1, torch.float16, "nf4")
+    x = torch.empty(0, 64, dtype=torch.float16)
+    assert _cuda.linear_4bit(x, w).shape == (0, 24)
+    assert _cuda.linear_4bit_dx(x[:, :24], w).shape == (0, 64)
+    assert not run.launches
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("m", "shape", "dtype", "options", "why"),
+    [
+        (1, (8, 70), torch.float16, {}, "K = 70 is not a multiple of 32"),
+        (1, (8, 7), torch.float16, {}, "K = 7 is not"),
+        (257, (8, 64), torch.float16, {}, "257 rows, more than 256"),
+        (9, (8, 64), torch.float32, {}, "9 rows, more than 8"),
+        (1, (8, 64), torch.float64, {}, "no kernel for torch.float64"),
+        (1, (8, 64), torch.float32, {"dx": True}, "no kernel for the gradient"),
+        (1, (0, 64), torch.float16, {}, "an empty weight"),
+        (1, (8, 0), torch.float16, {}, "an empty weight"),
+    ],
+)
+def test_refusals(run, m, shape, dtype, options, why):
+    w = _quantized(shape)
+    assert why in _cuda.refuses(m, *shape, dtype, w, **options)
+
+
+def _quantized(shape, **options):
+    with ops.use_backend("auto"):
+        return ops.quantize_4bit(torch.randn(shape), **options)
+
+
+def test_refuses_weights_that_it_cannot_read(run):
+    assert "dense" in _cuda.refuses(1, 8, 64, torch.float16, torch.randn(8, 64))
+    w = _quantized((8, 64))
+    buffer = torch.zeros(8 * 32 + 1, dtype=torch.uint8)
+    moved = w._replace({"packed": buffer[1:]})
+    assert "aligned" in _cuda.refuses(1, 8, 64, torch.float16, moved)
+    odd = w._replace({"nested_blocksize": 96})
+    assert "power of two" in _cuda.refuses(1, 8, 64, torch.float16, odd)
+
+
+def test_without_a_device_it_says_why():
+    """On a machine with neither a GPU nor a simulation the backend is off, with a reason."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert _cuda.reason()
+    w = _quantized((8, 64))
+    assert _cuda.refuses(1, 8, 64, torch.float16, w) == _cuda.reason()
+    with ops.use_backend("cuda"), pytest.raises(ValueError, match="the tensors are on cpu"):
+        ops.linear_4bit(torch.randn(1, 64), w)
+
+
+# --- traffic --------------------------------------------------------------------------------------
+
+
+def test_gemv_reads_the_packed_weight_once(run):
+    """All bytes that lanes ask for, accounted for: none of the codes twice."""
+    n, k = 64, 2048
+    w, _, _, x, *_ = tensors(1, n, k, 1, torch.float16, "nf4")
+    _cuda.linear_4bit(x, w, splits=1)
+    (launch,) = run.launches
+    ctas, warps = n // 16, 8
+    expected = n * k // 2  # codes
+    expected += n * k // 32 * 4  # absmax, by every lane for its 32 elements
+    expected += ctas * k * 2  # x
+    expected += ctas * warps * 32 * 4  # codebook
+    assert launch.counts.global_load_bytes == expected
+    assert launch.counts.global_store_bytes == n * 2
+
+
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_shared_memory_has_no_bank_conflicts(run, m):
+    """Every request takes as many passes as its width asks for (absmax is not nested here)."""
+    w, _, _, x, dy, *_ = tensors(m, 256, 512, 1, torch.float16, "nf4")
+    _cuda.linear_4bit(x, w, splits=1)
+    _cuda.linear_4bit_dx(dy, w, splits=1)
+    forward, backward = (launch.counts for launch in run.launches)
+    tiles = 2 if m <= 16 else 8
+    if m == 1:  # sums of 8 warps: stores of 8 bytes, loads of 4
+        assert forward.shared_store_wavefronts == 2 * forward.shared_store_requests
+        assert forward.shared_load_wavefronts == forward.shared_load_requests
+    else:  # x: 16 bytes a lane, read and written
+        assert forward.shared_load_wavefronts == 4 * forward.shared_load_requests
+        assert forward.shared_store_wavefronts == 4 * forward.shared_store_requests
+    # Of dx, per warp and 32 rows of W: dy and absmax 16 bytes a lane, codes 2; stores, per stage of
+    # 64 rows: dy and codes 16 bytes a thread, two absmax.
+    loads, stores = backward.shared_load_requests, backward.shared_store_requests
+    ctas_stages = 512 // 128 * 256 // 64
+    assert loads == ctas_stages * 4 * 2 * (tiles + 2 + 8)
+    assert backward.shared_load_wavefronts == ctas_stages * 4 * 2 * (4 * tiles + 4 * 2 + 8)
+    assert stores == ctas_stages * 4 * (tiles // 2 + 2 + 2)
+    assert backward.shared_store_wavefronts == ctas_stages * 4 * (4 * (tiles // 2 + 2) + 2)
+
+
+@pytest.mark.parametrize("m", [1, 64])
+def test_the_work_is_that_of_the_tiles(run, m):
+    """Multiplications on tensor cores: M rounded up to its tile, and nothing else."""
+    n, k = 128, 512
+    w, _, _, x, *_ = tensors(m, n, k, 1, torch.float16, "nf4")
+    _cuda.linear_4bit(x, w, splits=1)
+    assert run.launches[0].counts.mma_flops == 2 * max(m, 8) * n * k
+
+
+# --- dequantize_4bit ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("shape", [(1,), (7,), (33, 65), (3, 5, 64), (40, 1024)])
+def test_dequantize_is_exact(run, shape, kind, dtype):
+    with ops.use_backend("reference"):
+        w = ops.quantize_4bit(torch.randn(shape), **WEIGHTS[kind])
+        expected = ops.dequantize_4bit(w, dtype)
+    assert torch.equal(ops.dequantize_4bit(w, dtype), expected)
+    assert len(run.launches) == 1
+    shifted = torch.empty(w.numel() + 1, dtype=dtype)[1:].view(shape)  # not aligned to 16 bytes
+    assert torch.equal(ops.dequantize_4bit(w, out=shifted), expected)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_dequantize_moves_few_bytes(run, double_quant):
+    """At most 1.02 of codes, statistics and result, in the sectors that warps ask for."""
+    n = 8192 * 8 * (64 if run.arch == 75 else 162)  # a warp takes 8192 elements where they suffice
+    w = _quantized((n // 4096, 4096), double_quant=double_quant)
+    out = ops.dequantize_4bit(w, torch.float16)
+    (launch,) = run.launches
+    assert launch.grid[0] == n // (8192 * 8)
+    assert 32 * launch.counts.global_sectors <= 1.02 * (w.nbytes + out.nbytes)
