@@ -25,10 +25,17 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
 # Compiler flags of each instruction set; a kernel file in csrc/cpu is compiled once for each.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86_ISAS = {
     "scalar": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": [
+        *AVX512,
+        *("-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"),
+        "-DFUSETUNE_ISA_AVX512=1",
+    ],
 }
 ARM_ISAS = {"scalar": [], "neon": []}
 MACHINE = os.environ.get("FUSETUNE_TARGET_MACHINE", platform.machine())

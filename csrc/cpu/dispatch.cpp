@@ -18,6 +18,9 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+namespace avx512_bf16 {
+extern const Kernels table;
+}
 namespace neon {
 extern const Kernels table;
 }
@@ -40,13 +43,23 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512vbmi");
+}
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
+bool has_avx512_bf16() { return false; }
 #endif
 
 // Best first. NEON is part of every aarch64.
 const Isa kIsas[] = {
+#ifdef FUSETUNE_HAS_AVX512_BF16
+    {"avx512_bf16", &avx512_bf16::table, has_avx512_bf16},
+#else
+    {"avx512_bf16", nullptr, has_avx512_bf16},
+#endif
 #ifdef FUSETUNE_HAS_AVX512
     {"avx512", &avx512::table, has_avx512},
 #else
@@ -109,7 +122,7 @@ const char* isa_unavailable_reason(const char* name) {
     if (!isa.table) return "not built for this machine";
     return isa.on_this_cpu() ? nullptr : "this CPU does not have it";
   }
-  return "no such instruction set (known: avx512, avx2, neon, scalar)";
+  return "no such instruction set (known: avx512_bf16, avx512, avx2, neon, scalar)";
 }
 
 const Kernels& kernels() {

@@ -8,8 +8,10 @@
 // weight nor a converted activation exists beyond a slice.
 #pragma once
 #include <algorithm>
+#include <utility>
 
 #include "../parallel.h"
+#include "decode_beside.h"
 #include "gemm_micro.h"
 #include "rows.h"
 #include "workspace.h"
@@ -17,27 +19,92 @@
 namespace fusetune {
 namespace FUSETUNE_ISA {
 
-// A weight row is an output column (forward). Rows are padded so that they do not fall into the same cache sets.
+// How a direction lays a group of the weight out for the tiles, as Floats or as Pairs along the reduction. Rows are
+// padded so that they do not fall into the same cache sets.
+
+// A weight row is an output column (forward).
+template <class Elements>
 struct RowsAreColumns {
-  static constexpr int group = 8, depth = 512, column_stride = depth + 16, depth_stride = 1;
+  static constexpr int elements = Elements::WideVec::elements;
+  static constexpr int group = 8, depth = 768, column_stride = depth / elements + 16, depth_stride = 1;
   static constexpr int buffer = group * column_stride;
+  template <bool nested>
+  using Decode = DecodeRuns<nested, Elements>;
+
   static void read(const Rows& rows, int64_t column, int64_t columns, int64_t d, int64_t steps, float* dst) {
-    rows.read(column, columns, d, steps, dst, column_stride);
+    if constexpr (elements == 1) {
+      rows.read(column, columns, d, steps, dst, column_stride);
+    } else {
+      float row[depth];
+      for (int64_t c = 0; c < columns; ++c, dst += column_stride) {
+        rows.read(column + c, 1, d, steps, row, depth);
+        std::fill_n(row + steps, -steps & (2 * kLanes - 1), 0.f);
+        for (int64_t i = 0; i < steps; i += 2 * kLanes) {
+          store(dst + i / 2, Elements::to_pairs(load(row + i), load(row + i + kLanes)));
+        }
+      }
+    }
+  }
+  static bool can_decode_beside(const Rows& rows, int64_t, int64_t d, int64_t steps) {
+    return FUSETUNE_ISA::can_decode_beside(rows, d, steps);
+  }
+  template <bool nested>
+  static Decode<nested> decode_beside(const Rows& rows, int64_t column, int64_t d, int64_t steps, float* dst) {
+    return {rows, column, d, steps, dst, column_stride};
   }
 };
+
 // A weight row is a step of the reduction (backward).
+template <class Elements>
 struct RowsAreDepth {
-  static constexpr int group = 128, depth = 64, column_stride = 1, depth_stride = group;
-  static constexpr int buffer = depth * depth_stride;
+  static constexpr int elements = Elements::WideVec::elements;
+  static constexpr int group = 64, depth = 256, column_stride = 1, depth_stride = group;
+  static constexpr int buffer = depth / elements * depth_stride;
+
   static void read(const Rows& rows, int64_t column, int64_t columns, int64_t d, int64_t steps, float* dst) {
-    rows.read(d, steps, column, columns, dst, depth_stride);
+    if constexpr (elements == 1) {
+      rows.read(d, steps, column, columns, dst, depth_stride);
+    } else {
+      float pair[2 * group];
+      for (int64_t i = 0; i < steps; i += 2, dst += depth_stride) {
+        std::fill_n(pair, 2 * group, 0.f);
+        rows.read(d + i, 2, column, columns, pair, group);
+        for (int64_t c = 0; c < columns; c += kLanes) {
+          store(dst + c, Elements::zip_pairs(load(pair + c), load(pair + group + c)));
+        }
+      }
+    }
+  }
+  static bool can_decode_beside(const Rows& rows, int64_t column, int64_t, int64_t steps) {
+    return steps % kRun == 0 && FUSETUNE_ISA::can_decode_beside(rows, column, group);
+  }
+  template <bool nested>
+  static auto decode_beside(const Rows& rows, int64_t column, int64_t d, int64_t, float* dst) {
+    if constexpr (elements == 1) {
+      return DecodeRuns<nested, Floats>(rows, d, column, group, dst, depth_stride);
+    } else {
+      return DecodeRowPairs<nested, Elements>(rows, d, column, group, dst, depth_stride);
+    }
   }
 };
+
+// Calls f with what the tiles are to multiply. Pairs of bf16 where the CPU has the instruction and x is bf16: a 4-bit
+// weight is then rounded to bf16, as it is by bitsandbytes. They lie along the reduction, which must be even, and so
+// must the distance of two rows of x.
+template <class Function>
+static void with_elements([[maybe_unused]] const Matrix& left, [[maybe_unused]] const Weight& right,
+                          [[maybe_unused]] int64_t depth, const Function& f) {
+#if defined(FUSETUNE_HAS_BF16_DOT)
+  if (left.dtype == Dtype::bf16 && right.quantized && depth % 2 == 0 && left.ld % 2 == 0) return f(Pairs{});
+#endif
+  f(Floats{});
+}
 
 struct Term {
   Matrix left;  // [rows, depth]
   Rows right;
   int64_t depth;
+  const float* packed = nullptr;  // left, where share_left has packed it
 };
 
 // dst[c * dst_ld + r] = src[r * src_ld + c] for r < rows, c < columns. Writes whole vectors of dst where dst_rows, the
@@ -82,84 +149,142 @@ static inline Panel next_panel(int64_t rows) {
   return {take, take * kLanes};
 }
 
-template <class Layout, class Vec, int vectors>
-static void panel_tiles(const float* left, const float* right, int64_t depth, int64_t columns, float* acc, int64_t ld) {
+template <class Layout, class Vec, int vectors, class Beside>
+static void panel_tiles(const float* left, const float* right, int64_t depth, int64_t columns, float* acc, int64_t ld,
+                        Beside& beside) {
   constexpr int step = tile_columns(vectors);
   for (int64_t c = 0; c < columns; c += step) {
     tile<Vec, vectors, step, Layout::column_stride, Layout::depth_stride>(left, right + c * Layout::column_stride,
-                                                                          depth, acc + c * ld, ld);
+                                                                          depth, acc + c * ld, ld, beside);
   }
 }
 
-// One task's block of the output, transposed: acc [columns][ld].
+// The panel's rows against a group of columns; depth in floats.
+template <class Elements, class Layout, class Beside>
+static void multiply_panel(const Panel& panel, const float* left, const float* right, int64_t depth, int64_t columns,
+                           float* acc, int64_t ld, Beside& beside) {
+  using Vec = typename Elements::WideVec;
+  if (panel.width == Narrow::lanes) {
+    return panel_tiles<Layout, typename Elements::NarrowVec, 1>(left, right, depth, columns, acc, ld, beside);
+  }
+  if (panel.vectors == 1) return panel_tiles<Layout, Vec, 1>(left, right, depth, columns, acc, ld, beside);
+  if (panel.vectors == 2) return panel_tiles<Layout, Vec, 2>(left, right, depth, columns, acc, ld, beside);
+  panel_tiles<Layout, Vec, 3>(left, right, depth, columns, acc, ld, beside);
+}
+
+// dst[panel][depth / elements][width] = left[row .. row + rows)[d .. d + depth), each panel transposed
+template <class Elements>
+static void pack(const Matrix& left, int64_t row, int64_t rows, int64_t d, int64_t depth, float* dst) {
+  for (int64_t r = 0; r < rows;) {
+    const int width = next_panel(rows - r).width;
+    const int64_t first = (row + r) * left.ld + d;
+    const auto typed = [&](const auto* p) { transpose_to(p + first, left.ld, rows - r, depth, dst, width, width); };
+    if constexpr (Elements::WideVec::elements == 2) {
+      const auto* pairs = reinterpret_cast<const float*>(static_cast<const bf16*>(left.data) + first);
+      transpose_to(pairs, left.ld / 2, rows - r, depth / 2, dst, width, width);
+    } else if (left.dtype == Dtype::f32) {
+      typed(static_cast<const float*>(left.data));
+    } else if (left.dtype == Dtype::f16) {
+      typed(static_cast<const f16*>(left.data));
+    } else {
+      typed(static_cast<const bf16*>(left.data));
+    }
+    dst += width * depth / Elements::WideVec::elements;
+    r += width;
+  }
+}
+
+static inline int64_t whole_vectors(int64_t rows) { return (rows + kLanes - 1) / kLanes * kLanes; }
+
+// Slices of equal depth: a short last one would cost as many passes over acc as a full one.
 template <class Layout>
+static int64_t slice_depth(int64_t depth) {
+  const int64_t slices = std::max<int64_t>(1, (depth + Layout::depth - 1) / Layout::depth);
+  return std::max<int64_t>(kRun, ((depth + slices - 1) / slices + kRun - 1) / kRun * kRun);
+}
+
+// Few rows are packed once for all tasks, which can then be small, and many. The slice at d begins at
+// d * whole_vectors(rows) / elements. Null for more rows: each task packs its own, and no copy of `left` exists.
+constexpr int64_t kSharedRows = 64;
+template <template <class> class Layout, class Elements>
+static const float* share_left(const Matrix& left, int64_t rows, int64_t depth) {
+  if (rows > kSharedRows) return nullptr;
+  float* packed = workspace<Purpose::shared>(whole_vectors(rows) * depth);
+  const int64_t step = slice_depth<Layout<Elements>>(depth);
+  parallel_chunks((depth + step - 1) / step, [&](int64_t slice) {
+    const int64_t d = slice * step;
+    pack<Elements>(left, 0, rows, d, std::min(step, depth - d),
+                   packed + d * whole_vectors(rows) / Elements::WideVec::elements);
+  });
+  return packed;
+}
+
+// One task's block of the output, transposed: acc [columns][ld].
+template <template <class> class Layout>
 struct Block {
+  using Widest = Layout<Floats>;  // what the parts of the workspace must hold
   int64_t row, rows, column, columns;
-  int64_t ld;                    // rows rounded up to whole vectors
-  float *acc, *packed, *buffer;  // parts of the workspace
+  int64_t ld;                                  // rows rounded up to whole vectors
+  float *acc, *packed, *buffer, *next_buffer;  // parts of the workspace
 
   Block(int64_t row, int64_t rows, int64_t column, int64_t columns)
-      : row(row), rows(rows), column(column), columns(columns), ld((rows + kLanes - 1) / kLanes * kLanes) {
+      : row(row), rows(rows), column(column), columns(columns), ld(whole_vectors(rows)) {
     const int64_t acc_size = (columns + kTileColumns - 1) / kTileColumns * kTileColumns * ld;
-    acc = workspace(acc_size + ld * Layout::depth + Layout::buffer);
+    acc = workspace(acc_size + ld * Widest::depth + (kDecodesBeside ? 2 : 1) * Widest::buffer);
     packed = acc + acc_size;
-    buffer = packed + ld * Layout::depth;
+    buffer = packed + ld * Widest::depth;
+    next_buffer = buffer + (kDecodesBeside ? Widest::buffer : 0);
   }
 
   void fill(const float* bias) {
     for (int64_t c = 0; c < columns; ++c) std::fill_n(acc + c * ld, ld, bias ? bias[column + c] : 0.f);
   }
 
-  void pack(const Matrix& left, int64_t d, int64_t depth) {
-    float* dst = packed;
-    for (int64_t r = 0; r < rows;) {
-      const int width = next_panel(rows - r).width;
-      pack_panel(left, row + r, d, depth, width, rows - r, dst);
-      dst += width * depth;
-      r += width;
-    }
-  }
-
-  // dst[depth][width] = left[row .. row + width)[d .. d + depth) transposed
-  static void pack_panel(const Matrix& left, int64_t row, int64_t d, int64_t depth, int width, int64_t rows,
-                         float* dst) {
-    const int64_t first = row * left.ld + d;
-    const auto typed = [&](const auto* p) { transpose_to(p + first, left.ld, rows, depth, dst, width, width); };
-    if (left.dtype == Dtype::f32) return typed(static_cast<const float*>(left.data));
-    if (left.dtype == Dtype::f16) return typed(static_cast<const f16*>(left.data));
-    typed(static_cast<const bf16*>(left.data));
-  }
-
+  template <class Elements>
   void accumulate(const Term& term) {
-    // Slices of equal depth: a short last one would cost as many passes over acc as a full one.
-    const int64_t slices = (term.depth + Layout::depth - 1) / Layout::depth;
-    const int64_t step = slices ? ((term.depth + slices - 1) / slices + 31) / 32 * 32 : 1;
+    using Weights = Layout<Elements>;
+    const int64_t step = slice_depth<Weights>(term.depth);
+    bool decoded = false;  // this group, beside the one before it
     for (int64_t d = 0; d < term.depth; d += step) {
       const int64_t depth = std::min(step, term.depth - d);
-      pack(term.left, d, depth);
-      for (int64_t c = 0; c < columns; c += Layout::group) {
-        const int64_t count = std::min<int64_t>(Layout::group, columns - c);
-        Layout::read(term.right, column + c, count, d, depth, buffer);
-        multiply(depth, c, count);
+      if (!term.packed) pack<Elements>(term.left, row, rows, d, depth, packed);
+      const float* left = term.packed ? term.packed + d * ld / Weights::elements : packed;
+      for (int64_t c = 0; c < columns; c += Weights::group) {
+        if (!decoded) Weights::read(term.right, column + c, group_size(c), d, depth, buffer);
+        int64_t next = c + Weights::group, next_d = d;
+        if (next >= columns) next = 0, next_d = d + step;
+        decoded = next_d + depth <= term.depth && group_size(next) == Weights::group &&
+                  Weights::can_decode_beside(term.right, column + next, next_d, depth);
+        multiply<Elements>(left, depth, c, term.right, decoded, column + next, next_d);
+        if (decoded) std::swap(buffer, next_buffer);
       }
     }
   }
 
-  void multiply(int64_t depth, int64_t c, int64_t count) {
-    const float* left = packed;
+  int64_t group_size(int64_t c) const { return std::min<int64_t>(Widest::group, columns - c); }
+
+  // acc of the group of columns at c += left . buffer. With `decode` the first panel decodes the group of columns at
+  // `next`, at next_d of the reduction, into next_buffer.
+  template <class Elements>
+  void multiply(const float* left, int64_t depth, int64_t c, const Rows& right, bool decode, int64_t next,
+                int64_t next_d) {
+    using Weights = Layout<Elements>;
+    const int64_t floats = depth / Weights::elements;
     for (int64_t r = 0; r < rows;) {
       const Panel panel = next_panel(rows - r);
-      float* out = acc + c * ld + r;
-      if (panel.width == Narrow::lanes) {
-        panel_tiles<Layout, Narrow, 1>(left, buffer, depth, count, out, ld);
-      } else if (panel.vectors == 1) {
-        panel_tiles<Layout, Wide, 1>(left, buffer, depth, count, out, ld);
-      } else if (panel.vectors == 2) {
-        panel_tiles<Layout, Wide, 2>(left, buffer, depth, count, out, ld);
-      } else {
-        panel_tiles<Layout, Wide, 3>(left, buffer, depth, count, out, ld);
+      const auto run = [&](auto beside) {
+        multiply_panel<Elements, Weights>(panel, left, buffer, floats, group_size(c), acc + c * ld + r, ld, beside);
+      };
+      if (!decode || r) {
+        run(Nothing{});
+      } else if constexpr (kDecodesBeside) {
+        if (right.quantized->absmax_q) {
+          run(Weights::template decode_beside<true>(right, next, next_d, depth, next_buffer));
+        } else {
+          run(Weights::template decode_beside<false>(right, next, next_d, depth, next_buffer));
+        }
       }
-      left += panel.width * depth;
+      left += panel.width * floats;
       r += panel.width;
     }
   }
@@ -181,13 +306,13 @@ struct Grid {
 template <class Layout>
 static Grid choose_grid(int64_t rows, int64_t columns, int threads) {
   // Cycles per decoded and per packed vector, in units of the FMAs they feed.
-  constexpr double kDecode = 3, kPack = 16, kTail = 0.1;
-  constexpr int64_t kMaxRows = 288, kMaxColumns = 1024;
+  const double kDecode = kDecodesBeside ? 1 : 3, kPack = rows <= kSharedRows ? 0 : 16, kTail = 0.1;
+  constexpr int64_t kMaxRows = 288, kMinColumns = 128, kMaxColumns = 1024;
   Grid best{};
   double best_cost = 0;
   for (int64_t r = (rows + kMaxRows - 1) / kMaxRows; r <= (rows + 63) / 64; ++r) {
     const int64_t row_step = ((rows + r - 1) / r + kLanes - 1) / kLanes * kLanes;
-    for (int64_t step = Layout::group; step <= kMaxColumns; step += Layout::group) {
+    for (int64_t step = kMinColumns; step <= kMaxColumns; step += Layout::group) {
       const int64_t tasks = r * ((columns + step - 1) / step);
       const int64_t rounds = (tasks + threads - 1) / threads;
       const double task = static_cast<double>(row_step * step) * (1 + kDecode / row_step + kPack / step);
@@ -199,10 +324,10 @@ static Grid choose_grid(int64_t rows, int64_t columns, int threads) {
   return best;
 }
 
-template <class Layout, class Function>
+template <template <class> class Layout, class Function>
 static void for_blocks(int64_t rows, int64_t columns, const Function& f) {
   if (rows == 0 || columns == 0) return;
-  const Grid grid = choose_grid<Layout>(rows, columns, num_threads());
+  const Grid grid = choose_grid<Layout<Floats>>(rows, columns, num_threads());
   const int64_t row_parts = (rows + grid.row_step - 1) / grid.row_step;
   const int64_t column_parts = (columns + grid.column_step - 1) / grid.column_step;
   parallel_chunks(row_parts * column_parts, [&](int64_t task) {

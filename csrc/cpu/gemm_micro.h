@@ -4,6 +4,8 @@
 // broadcast element by element in whatever order it was decoded. So neither direction of a weight has to be
 // transposed. A tile of `vectors` x `columns` accumulators does vectors * columns FMAs for vectors + columns loads.
 #pragma once
+#include <type_traits>
+
 #include "isa/isa.h"
 
 namespace fusetune {
@@ -19,10 +21,17 @@ constexpr int tile_columns(int) { return 8; }
 constexpr int kMaxVectors = 3;
 constexpr int kTileColumns = 8;  // every tile's columns divide this
 
+// What a tile does besides: nothing, or a step of decode_beside.h's decoding for every kRun / 8 elements of its depth.
+// The FMAs that wait for their turn leave the other ports idle, so a few instructions between them cost next to none.
+constexpr int kRun = 32;
+struct Nothing {
+  void step() const {}
+};
+
 // left [depth][vectors * lanes], right element (column, d) at right[column * kColumn + d * kDepth],
-// out [columns][ld].
-template <class Vec, int vectors, int columns, int kColumn, int kDepth>
-static void tile(const float* left, const float* right, int64_t depth, float* out, int64_t ld) {
+// out [columns][ld]. A float of left and of right holds Vec::elements elements, and depth counts floats.
+template <class Vec, int vectors, int columns, int kColumn, int kDepth, class Beside>
+__attribute__((noinline)) static void tile(const float* left, const float* right, int64_t depth, float* out, int64_t ld, Beside& beside) {
   using V = typename Vec::V;
   V acc[columns][vectors];
 #pragma GCC unroll 16
@@ -33,7 +42,7 @@ static void tile(const float* left, const float* right, int64_t depth, float* ou
       acc[c][v] = Vec::set1(0.f);
     }
   }
-  for (int64_t d = 0; d < depth; ++d) {
+  const auto multiply = [&] {
     V x[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
@@ -48,6 +57,18 @@ static void tile(const float* left, const float* right, int64_t depth, float* ou
     }
     left += vectors * Vec::lanes;
     right += kDepth;
+  };
+  if constexpr (std::is_same_v<Beside, Nothing>) {
+    for (int64_t d = 0; d < depth; ++d) multiply();
+  } else {  // whole runs: see can_decode_beside
+    constexpr int between = kRun / 8 / Vec::elements;
+    Beside own = beside;  // in registers
+    for (int64_t d = 0; d < depth; d += between) {
+      own.step();
+#pragma GCC unroll 4
+      for (int j = 0; j < between; ++j) multiply();
+    }
+    beside = own;
   }
 #pragma GCC unroll 16
   for (int c = 0; c < columns; ++c) {

@@ -51,14 +51,17 @@ void linear_gemv(const Matrix& x, int64_t m, int64_t n, int64_t k, const Weight&
 void linear(const Matrix& x, int64_t m, int64_t n, int64_t k, const Weight& w, const float* bias, const LowRank& tail,
             const MutMatrix& y) {
   if (gemv_fits(m, k, w)) return linear_gemv(x, m, n, k, w, bias, tail, y);
-  const Term main{x, weight_rows(w), k};
   const Term low_rank{
       {tail.left, tail.rank, Dtype::f32}, dense_rows({tail.right, tail.rank, Dtype::f32}, tail.scale), tail.rank};
-  for_blocks<RowsAreColumns>(m, n, [&](Block<RowsAreColumns>& block) {
-    block.fill(bias);
-    block.accumulate(low_rank);
-    block.accumulate(main);
-    block.write(y);
+  with_elements(x, w, k, [&](auto elements) {
+    using Elements = decltype(elements);
+    const Term main{x, weight_rows(w), k, share_left<RowsAreColumns, Elements>(x, m, k)};
+    for_blocks<RowsAreColumns>(m, n, [&](Block<RowsAreColumns>& block) {
+      block.fill(bias);
+      block.template accumulate<Floats>(low_rank);
+      block.template accumulate<Elements>(main);
+      block.write(y);
+    });
   });
 }
 

@@ -14,7 +14,7 @@ namespace {
 void mask_block(Block<RowsAreDepth>& block, const Dropout& dropout, int64_t k) {
   constexpr int64_t kSpan = 256, kStride = kSpan + kLanes;
   float* strip = block.buffer;  // [kLanes][kStride], columns rounded up to whole vectors
-  static_assert(kLanes * kStride <= RowsAreDepth::buffer, "the strip must fit");
+  static_assert(kLanes * kStride <= RowsAreDepth<Floats>::buffer, "the strip must fit");
   for (int64_t r = 0; r < block.rows; r += kLanes) {
     const int64_t rows = std::min<int64_t>(kLanes, block.rows - r);
     for (int64_t c = 0; c < block.columns; c += kSpan) {
@@ -33,15 +33,18 @@ void mask_block(Block<RowsAreDepth>& block, const Dropout& dropout, int64_t k) {
 
 void linear_dx(const Matrix& dy, int64_t m, int64_t n, int64_t k, const Weight& w, const LowRank& tail,
                const Dropout& dropout, const MutMatrix& dx) {
-  const Term main{dy, weight_rows(w), n};
   const Term low_rank{
       {tail.left, tail.rank, Dtype::f32}, dense_rows({tail.right, k, Dtype::f32}, tail.scale), tail.rank};
-  for_blocks<RowsAreDepth>(m, k, [&](Block<RowsAreDepth>& block) {
-    block.fill(nullptr);
-    block.accumulate(low_rank);
-    if (tail.rank && dropout.threshold) mask_block(block, dropout, k);
-    block.accumulate(main);
-    block.write(dx);
+  with_elements(dy, w, n, [&](auto elements) {
+    using Elements = decltype(elements);
+    const Term main{dy, weight_rows(w), n, share_left<RowsAreDepth, Elements>(dy, m, n)};
+    for_blocks<RowsAreDepth>(m, k, [&](Block<RowsAreDepth>& block) {
+      block.fill(nullptr);
+      block.template accumulate<Floats>(low_rank);
+      if (tail.rank && dropout.threshold) mask_block(block, dropout, k);
+      block.template accumulate<Elements>(main);
+      block.write(dx);
+    });
   });
 }
 

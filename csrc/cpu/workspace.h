@@ -7,7 +7,9 @@
 namespace fusetune {
 namespace FUSETUNE_ISA {
 
-// At least `count` floats, aligned to 64 bytes, valid until the next call on this thread.
+// At least `count` floats, aligned to 64 bytes, valid until the next call on this thread for the same purpose.
+enum class Purpose { task, shared };
+template <Purpose purpose = Purpose::task>
 static inline float* workspace(int64_t count) {
   struct Buffer {
     float* data = nullptr;

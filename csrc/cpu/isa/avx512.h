@@ -1,4 +1,5 @@
-// AVX-512 F/BW/VL/DQ primitives: 16 lanes.
+// AVX-512 F/BW/VL/DQ primitives: 16 lanes. With FUSETUNE_ISA_AVX512_BF16 also BF16, VNNI and VBMI (Zen 4, Sapphire
+// Rapids and newer).
 #pragma once
 // GCC 12's own AVX-512 header warns about its undefined pass-through operands.
 #pragma GCC diagnostic push
@@ -99,6 +100,16 @@ struct Codebook {
 };
 FUSETUNE_INLINE Codebook make_codebook(const float* values) { return {_mm512_loadu_ps(values)}; }
 
+#if defined(FUSETUNE_ISA_AVX512_BF16)
+// 8 bytes -> 16 values: the load puts all bytes into every lane's qword, from which each lane takes the eight bits that
+// begin with its nibble. One multishift and one permute.
+FUSETUNE_INLINE F decode16(const uint8_t* p, const Codebook& code) {
+  const U first_bits = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 36, 32, 44, 40, 52, 48, 60, 56);
+  int64_t bytes;
+  memcpy(&bytes, p, 8);
+  return _mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(first_bits, _mm512_set1_epi64(bytes)), code.values);
+}
+#else
 // 8 bytes -> 16 values: lanes 0-7 hold the first dword, lanes 8-15 the second, each shifted to its own nibble. Both
 // broadcasts are loads, which leaves one shift and one permute to the shuffle ports.
 FUSETUNE_INLINE F decode16(const uint8_t* p, const Codebook& code) {
@@ -107,6 +118,7 @@ FUSETUNE_INLINE F decode16(const uint8_t* p, const Codebook& code) {
       _mm512_mask_broadcastd_epi32(_mm512_broadcastd_epi32(_mm_loadu_si32(p)), 0xff00, _mm_loadu_si32(p + 4));
   return _mm512_permutexvar_ps(_mm512_srlv_epi32(dwords, shifts), code.values);
 }
+#endif
 FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[2]) {
   out[0] = decode16(p, code);
   out[1] = decode16(p + 8, code);
@@ -117,6 +129,22 @@ using ScaledCodebook = Codebook;
 FUSETUNE_INLINE ScaledCodebook scale_codebook(const Codebook& code, float scale) {
   return {_mm512_mul_ps(code.values, _mm512_set1_ps(scale))};
 }
+
+#if defined(FUSETUNE_ISA_AVX512_BF16)
+#define FUSETUNE_HAS_BF16_DOT 1
+FUSETUNE_INLINE F to_pairs(F a, F b) { return reinterpret_cast<F>(_mm512_cvtne2ps_pbh(b, a)); }
+FUSETUNE_INLINE F zip_pairs(F a, F b) {
+  const U order = _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+                                    0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, _mm512_castps_si512(to_pairs(a, b))));
+}
+FUSETUNE_INLINE F dot_pairs(F a, F b, F c) {
+  return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+FUSETUNE_INLINE __m256 dot_pairs(__m256 a, __m256 b, __m256 c) {
+  return _mm256_dpbf16_ps(c, reinterpret_cast<__m256bh>(a), reinterpret_cast<__m256bh>(b));
+}
+#endif
 
 // 64 values in 16-bit fixed point: the high nibbles of 32 bytes, then the low ones.
 #define FUSETUNE_HAS_INT16 1

@@ -14,6 +14,8 @@
 //   store_u8(p, U)                 the low byte of each lane
 //   decode32(p, codebook, out)     16 bytes -> 32 codebook values in order, in 32 / kLanes vectors
 //   scale_codebook(codebook, absmax)  the codebook of a block: decode32 with it gives value * absmax
+//   to_pairs(a, b) zip_pairs(a, b) dot_pairs(a, b, c)  vectors of bf16 pairs (FUSETUNE_HAS_BF16_DOT): a then b rounded
+//                                  to bf16; (a[i], b[i]) rounded; c + the sum of each pair's products
 //   decode_words dot_words           64 values in 16-bit fixed point (x86 only: FUSETUNE_HAS_INT16), for the dot
 //   product
 //                                  with 64 words of x stored in the order of word_element
@@ -30,6 +32,7 @@
 #endif
 
 #define FUSETUNE_INLINE static inline __attribute__((always_inline))
+#define FUSETUNE_INLINE_METHOD inline __attribute__((always_inline))
 
 namespace fusetune {
 namespace FUSETUNE_ISA {
@@ -100,7 +103,7 @@ namespace FUSETUNE_ISA {
 
 struct Wide {
   using V = F;
-  static constexpr int lanes = kLanes;
+  static constexpr int lanes = kLanes, elements = 1;
   FUSETUNE_INLINE V load(const float* p) { return FUSETUNE_ISA::load(p); }
   FUSETUNE_INLINE void store(float* p, V v) { FUSETUNE_ISA::store(p, v); }
   FUSETUNE_INLINE V set1(float v) { return FUSETUNE_ISA::set1(v); }
@@ -110,7 +113,7 @@ struct Wide {
 #if defined(FUSETUNE_ISA_AVX512)
 struct Narrow {
   using V = __m256;
-  static constexpr int lanes = 8;
+  static constexpr int lanes = 8, elements = 1;
   FUSETUNE_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
   FUSETUNE_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
   FUSETUNE_INLINE V set1(float v) { return _mm256_set1_ps(v); }
@@ -119,6 +122,29 @@ struct Narrow {
 };
 #else
 using Narrow = Wide;
+#endif
+
+// What a GEMM's tiles multiply: vectors of floats, or of pairs of bf16, each pair in the place of a float. A pair's two
+// products are summed into the fp32 accumulator (vdpbf16ps), which rounds to nearest and takes denormals for zero.
+struct Floats {
+  using WideVec = Wide;
+  using NarrowVec = Narrow;
+};
+#if defined(FUSETUNE_HAS_BF16_DOT)
+struct WidePairs : Wide {
+  static constexpr int elements = 2;
+  FUSETUNE_INLINE V fma(V a, V b, V c) { return dot_pairs(a, b, c); }
+};
+struct NarrowPairs : Narrow {
+  static constexpr int elements = 2;
+  FUSETUNE_INLINE V fma(V a, V b, V c) { return dot_pairs(a, b, c); }
+};
+struct Pairs {
+  using WideVec = WidePairs;
+  using NarrowVec = NarrowPairs;
+  FUSETUNE_INLINE F to_pairs(F a, F b) { return FUSETUNE_ISA::to_pairs(a, b); }
+  FUSETUNE_INLINE F zip_pairs(F a, F b) { return FUSETUNE_ISA::zip_pairs(a, b); }
+};
 #endif
 
 }  // namespace FUSETUNE_ISA
