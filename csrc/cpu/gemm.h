@@ -203,19 +203,19 @@ static int64_t slice_depth(int64_t depth) {
   return std::max<int64_t>(kRun, ((depth + slices - 1) / slices + kRun - 1) / kRun * kRun);
 }
 
-// Few rows are packed once for all tasks, which can then be small, and many. The slice at d begins at
-// d * whole_vectors(rows) / elements. Null for more rows: each task packs its own, and no copy of `left` exists.
+// Few rows are packed once for all tasks, which can then be small, and many: by the caller alone, since waking the others
+// takes as long. The slice at d begins at d * whole_vectors(rows) / elements. Null for more rows: each task packs its
+// own, and no copy of `left` exists.
 constexpr int64_t kSharedRows = 64;
 template <template <class> class Layout, class Elements>
 static const float* share_left(const Matrix& left, int64_t rows, int64_t depth) {
   if (rows > kSharedRows) return nullptr;
   float* packed = workspace<Purpose::shared>(whole_vectors(rows) * depth);
   const int64_t step = slice_depth<Layout<Elements>>(depth);
-  parallel_chunks((depth + step - 1) / step, [&](int64_t slice) {
-    const int64_t d = slice * step;
+  for (int64_t d = 0; d < depth; d += step) {
     pack<Elements>(left, 0, rows, d, std::min(step, depth - d),
                    packed + d * whole_vectors(rows) / Elements::WideVec::elements);
-  });
+  }
   return packed;
 }
 

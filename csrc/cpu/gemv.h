@@ -38,24 +38,63 @@ FUSETUNE_INLINE void prefetch_4bit(const Weight4bit& w, int shift, uint64_t i) {
   }
 }
 
-// Sources of weight rows. A source opens the run of a row that begins at element i, up to stop(i), and loads chunks of
-// it. 4-bit rows must be whole blocks.
+// The absmax of a span of a row. Nested ones are decoded for the whole span at once: one by one, each with its chain of
+// loads, they take as long as the blocks themselves.
+template <bool nested>
+struct RowAbsmax {
+  static constexpr uint64_t kBlocks = 64;
+  float values[kBlocks];
+  uint64_t first;  // block of values[0]
+
+#if defined(__GNUC__) && !defined(__clang__)
+  __attribute__((optimize("no-tree-vectorize")))  // gathers are slower than loads
+#endif
+  __attribute__((noinline)) void
+  decode(const Weight4bit& w, int nested_shift, uint64_t block) {
+    const uint64_t all = static_cast<uint64_t>(w.rows * w.cols / w.blocksize), end = std::min(block + kBlocks, all);
+    const float* code = w.nested_code;
+    const float offset = w.nested_offset;
+    const uint8_t* q = w.absmax_q;
+    float* value = values;
+    for (uint64_t b = first = block; b < end;) {
+      const float scale = w.nested_absmax[b >> nested_shift];
+      const uint64_t stop = std::min(end, ((b >> nested_shift) + 1) << nested_shift);
+#pragma GCC unroll 8
+      for (; b < stop; ++b) *value++ = code[q[b]] * scale + offset;
+    }
+  }
+  // Calls decode, and so empties the registers: outside of the loops that sum.
+  FUSETUNE_INLINE_METHOD void prepare(const Weight4bit& w, int nested_shift, uint64_t block) {
+    if (nested) decode(w, nested_shift, block);
+  }
+  FUSETUNE_INLINE_METHOD float at(const Weight4bit& w, uint64_t block) const {
+    return nested ? values[block - first] : w.absmax[block];
+  }
+};
+
+// Sources of weight rows. A source prepares a row's State for `span` elements from i on, opens the run that begins at
+// element i, up to stop(i), and loads chunks of it. 4-bit rows must be whole blocks.
 template <bool nested>
 struct Row4bit {
   Weight4bit w;
   Codebook code;
   int shift, nested_shift;
+  using State = RowAbsmax<nested>;
   struct Run {
     ScaledCodebook code;
     const uint8_t* packed;
   };
+  int64_t span() const { return nested ? static_cast<int64_t>(State::kBlocks) * w.blocksize : w.cols; }
+  void prepare(State& state, int64_t row, int64_t i) const {
+    state.prepare(w, nested_shift, static_cast<uint64_t>(row * w.cols + i) >> shift);
+  }
   int64_t stop(int64_t i) const { return i + w.blocksize; }
-  Run open(int64_t row, int64_t i) const {
+  Run open(const State& state, int64_t row, int64_t i) const {
     const uint64_t first = static_cast<uint64_t>(row * w.cols);
     const uint64_t element = first + static_cast<uint64_t>(i);
     const uint64_t block = element >> shift;
     prefetch_4bit<nested>(w, shift, element);
-    return {scale_codebook(code, block_absmax<nested>(w, nested_shift, block)), w.packed + first / 2};
+    return {scale_codebook(code, state.at(w, block)), w.packed + first / 2};
   }
   static void load_chunk(const Run& run, int64_t i, F (&v)[kChunkVectors]) {
     decode32(run.packed + i / 2, run.code, v);
@@ -67,8 +106,11 @@ struct RowDense {
   const T* data;
   int64_t ld, k;
   using Run = const T*;
+  struct State {};
+  int64_t span() const { return k; }
+  void prepare(State&, int64_t, int64_t) const {}
   int64_t stop(int64_t) const { return k; }
-  Run open(int64_t row, int64_t) const { return data + row * ld; }
+  Run open(const State&, int64_t row, int64_t) const { return data + row * ld; }
   static void load_chunk(Run run, int64_t i, F (&v)[kChunkVectors]) {
     for (int j = 0; j < kChunkVectors; ++j) v[j] = load(run + i + j * kLanes);
   }
@@ -123,21 +165,26 @@ static void dot_rows(const Source& source, const GemvArgs& args, int64_t row) {
     }
     x += m * kChunk;
   };
+  typename Source::State state[rows];
   typename Source::Run run[rows];
   F v[rows][kChunkVectors];
   int64_t i = 0;
   while (i + kChunk <= args.k) {
-    const int64_t stop = std::min(source.stop(i), args.k - kChunk + 1);
-    for (int r = 0; r < rows; ++r) run[r] = source.open(row + r, i);
-    for (; i < stop; i += kChunk) {
+    const int64_t end = std::min(i + source.span(), args.k - kChunk + 1);
+    for (int r = 0; r < rows; ++r) source.prepare(state[r], row + r, i);
+    while (i < end) {
+      const int64_t stop = std::min(source.stop(i), end);
+      for (int r = 0; r < rows; ++r) run[r] = source.open(state[r], row + r, i);
+      for (; i < stop; i += kChunk) {
 #pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) Source::load_chunk(run[r], i, v[r]);
-      multiply(v);
+        for (int r = 0; r < rows; ++r) Source::load_chunk(run[r], i, v[r]);
+        multiply(v);
+      }
     }
   }
   if (i < args.k) {
     for (int r = 0; r < rows; ++r) {
-      run[r] = source.open(row + r, i);
+      run[r] = source.open(state[r], row + r, i);
       for (int j = 0; j < kChunkVectors; ++j) {
         const int64_t rest = args.k - i - j * kLanes;
         v[r][j] = rest > 0

@@ -53,20 +53,25 @@ void rows_of_words(const Row4bit<nested>& source, const WordArgs& x, const GemvA
   parallel_chunks((args.n + step - 1) / step, [&](int64_t chunk) {
     const WordCodebook code = x.code;
     for (int64_t row = chunk * step; row < std::min((chunk + 1) * step, args.n); ++row) {
+      RowAbsmax<nested> state;
       F acc[m];
       for (F& v : acc) v = zero();
       const int16_t* words = x.words;
       const float* scales = x.scales;
       const uint64_t first = static_cast<uint64_t>(row * args.k);
-      for (int64_t i = 0; i < args.k; i += kWords, words += m * kWords, scales += m) {
-        const uint64_t at = first + static_cast<uint64_t>(i);
-        prefetch_4bit<nested>(source.w, source.shift, at);
-        const F absmax = set1(block_absmax<nested>(source.w, source.nested_shift, at >> source.shift));
-        U w[kWordVectors];
-        decode_words(source.w.packed + at / 2, code, w);
+      for (int64_t i = 0; i < args.k;) {
+        const int64_t end = std::min(i + source.span(), args.k);
+        source.prepare(state, row, i);
+        for (; i < end; i += kWords, words += m * kWords, scales += m) {
+          const uint64_t at = first + static_cast<uint64_t>(i);
+          prefetch_4bit<nested>(source.w, source.shift, at);
+          const F absmax = set1(state.at(source.w, at >> source.shift));
+          U w[kWordVectors];
+          decode_words(source.w.packed + at / 2, code, w);
 #pragma GCC unroll 8
-        for (int s = 0; s < m; ++s)
-          acc[s] = fma(dot_words(w, words + s * kWords), mul(absmax, set1(scales[s])), acc[s]);
+          for (int s = 0; s < m; ++s)
+            acc[s] = fma(dot_words(w, words + s * kWords), mul(absmax, set1(scales[s])), acc[s]);
+        }
       }
       finish_row(args, row, acc);
     }

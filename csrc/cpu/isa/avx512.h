@@ -162,8 +162,12 @@ FUSETUNE_INLINE void decode_words(const uint8_t* p, const WordCodebook& code, U 
   out[1] = _mm512_permutexvar_epi16(bytes, code.values);
 }
 FUSETUNE_INLINE F dot_words(const U (&w)[kWordVectors], const int16_t* x) {
-  return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_madd_epi16(w[0], _mm512_loadu_si512(x)),
-                                             _mm512_madd_epi16(w[1], _mm512_loadu_si512(x + 32))));
+  const U first = _mm512_madd_epi16(w[0], _mm512_loadu_si512(x));
+#if defined(FUSETUNE_ISA_AVX512_BF16)
+  return _mm512_cvtepi32_ps(_mm512_dpwssd_epi32(first, w[1], _mm512_loadu_si512(x + 32)));
+#else
+  return _mm512_cvtepi32_ps(_mm512_add_epi32(first, _mm512_madd_epi16(w[1], _mm512_loadu_si512(x + 32))));
+#endif
 }
 
 FUSETUNE_INLINE void transpose(F (&v)[16]) {
