@@ -2,10 +2,11 @@
 //
 // Tiling. A task owns a block of rows x columns of the output and keeps it, transposed and in fp32, in `acc`. For each
 // slice of the reduction it packs the left operand once (transposed, so that lanes are rows), then decodes the
-// weight one column group at a time into a buffer that stays in L1/L2, and runs register tiles over it. Bytes per
-// task and slice: the 4-bit weight is read once (columns * depth / 2), the left slice once (rows * depth * 4), acc
-// is read and written once (rows * columns * 8, from L2) for rows * columns * depth FMAs. Neither a dequantised
-// weight nor a converted activation exists beyond a slice.
+// weight one column group at a time into a buffer that stays in L1/L2 (on AVX-512 while the group before it is
+// multiplied), and runs register tiles over it. Bytes per task and slice: the 4-bit weight is read once (columns *
+// depth / 2), the left slice once (rows * depth * 4), acc is read and written once (rows * columns * 8, from L2) for
+// rows * columns * depth FMAs. Neither a dequantised weight nor a converted activation exists beyond a slice, but for
+// up to 64 rows, packed once for all tasks.
 #pragma once
 #include <algorithm>
 #include <utility>
@@ -203,9 +204,9 @@ static int64_t slice_depth(int64_t depth) {
   return std::max<int64_t>(kRun, ((depth + slices - 1) / slices + kRun - 1) / kRun * kRun);
 }
 
-// Few rows are packed once for all tasks, which can then be small, and many: by the caller alone, since waking the others
-// takes as long. The slice at d begins at d * whole_vectors(rows) / elements. Null for more rows: each task packs its
-// own, and no copy of `left` exists.
+// Few rows are packed once for all tasks, which can then be small, and many: by the caller alone, since waking the other
+// threads takes as long. The slice at d begins at d * whole_vectors(rows) / elements. Null for more rows: each task
+// packs its own, and no copy of `left` exists.
 constexpr int64_t kSharedRows = 64;
 template <template <class> class Layout, class Elements>
 static const float* share_left(const Matrix& left, int64_t rows, int64_t depth) {

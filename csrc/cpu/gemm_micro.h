@@ -30,8 +30,10 @@ struct Nothing {
 
 // left [depth][vectors * lanes], right element (column, d) at right[column * kColumn + d * kDepth],
 // out [columns][ld]. A float of left and of right holds Vec::elements elements, and depth counts floats.
+// Not inlined: among other code the compiler would spill accumulators.
 template <class Vec, int vectors, int columns, int kColumn, int kDepth, class Beside>
-__attribute__((noinline)) static void tile(const float* left, const float* right, int64_t depth, float* out, int64_t ld, Beside& beside) {
+__attribute__((noinline)) static void tile(const float* left, const float* right, int64_t depth, float* out, int64_t ld,
+                                           Beside& beside) {
   using V = typename Vec::V;
   V acc[columns][vectors];
 #pragma GCC unroll 16
