@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fusetune import _native, env, ops
+from fusetune.ops import _cuda
 
 
 def run(code, **variables):
@@ -41,13 +42,25 @@ def test_description_names_backends_and_reasons():
         chosen = {entry["chosen"] for entry in env.backends("cpu").values()}
     assert chosen == {"reference"}
     reasons = env.backends("cuda")["linear_4bit"]["not"]
-    assert reasons == {"cpu": "the tensors are on cuda"}
+    assert reasons["cpu"] == "the tensors are on cuda"
+
+
+def test_description_says_why_there_are_no_cuda_kernels():
+    """Without a driver the module still loads and says what is missing."""
+    why = _cuda.reason()
+    if torch.cuda.is_available():
+        assert why is None
+        return
+    assert why is not None
+    assert why in env.describe()
+    assert env.information()["cuda"] == {"available": False, "reason": why}
+    assert env.backends("cuda")["linear_4bit"]["not"]["cuda"] == why
 
 
 def test_the_choice_is_explained():
     op = ops.OPS["lora_linear"]
     explained = op.explain(ops.Case("cpu", torch.float64, torch.float32))
-    assert explained == [("cpu", "no kernel for torch.float64"), ("reference", None)]
+    assert explained[-2:] == [("cpu", "no kernel for torch.float64"), ("reference", None)]
     assert op.select(ops.Case("cpu", torch.float32)).name == "cpu"
     with ops.use_backend("cpu"), pytest.raises(ValueError, match="the tensors are on meta"):
         op.select(ops.Case("meta", torch.float32))
