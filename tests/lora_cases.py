@@ -8,10 +8,18 @@ from fusetune import ops
 from fusetune.reference.dropout import keep_mask, new_seed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def quantized(weight, **options):
+    """Whatever backend is forced: not all have a kernel for it."""
+    with ops.use_backend("auto"):
+        return ops.quantize_4bit(weight.float(), **options)
+
+
 WEIGHTS = {
     "dense": lambda w: w,
-    "nf4": lambda w: ops.quantize_4bit(w.float()),
-    "fp4 nested": lambda w: ops.quantize_4bit(w.float(), quant_type="fp4", double_quant=True),
+    "nf4": quantized,
+    "fp4 nested": lambda w: quantized(w, quant_type="fp4", double_quant=True),
 }
 NAMES = ("x", "lora_A", "lora_B", "bias", "lora_bias")
 

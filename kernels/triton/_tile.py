@@ -92,8 +92,9 @@ def dot_wide(x, a, acc, TERMS: tl.constexpr):
 def _sum_parts(parts, out, n, count, factor, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(count):
-        total += tl.load(parts + part.to(tl.int64) * n + i, mask=i < n, other=0.0)
+    for _ in range(count):
+        total += tl.load(parts + i, mask=i < n, other=0.0)
+        parts += n
     tl.store(out + i, (total * factor).to(out.dtype.element_ty), mask=i < n)
 
 

@@ -288,14 +288,16 @@ def launch_rows(
     """
     if n == 0:
         return
-    quantized = not isinstance(weight, torch.Tensor)
     merge = lora_A is not None
     augment = lora_B is not None and not merge
-    pointers = weight.tensors if quantized else (weight,) * 6
+    pointers: tuple[torch.Tensor, ...]
+    if isinstance(weight, torch.Tensor):
+        quantized, pointers, stride = None, (weight,) * 7, weight.stride(0)
+    else:
+        quantized, pointers, stride = weight, (*weight.tensors, weight.packed), 0
     none = pointers[0]
     _dequantize_rows[(triton.cdiv(n, _ROWS),)](
         *pointers,
-        none if quantized else weight,
         none if lora_A is None else lora_A,
         none if lora_B is None else lora_B,
         scaling,
@@ -304,12 +306,12 @@ def launch_rows(
         n,
         k,
         0 if lora_B is None else lora_B.shape[1],
-        0 if quantized else weight.stride(0),
+        stride,
         0 if out is None else out.stride(0),
-        NESTED=quantized and weight.nested_absmax is not None,
-        BLOCK=weight.blocksize if quantized else 64,
-        NESTED_BLOCK=weight.nested_blocksize if quantized else 256,
-        QUANTIZED=quantized,
+        NESTED=quantized is not None and quantized.nested_absmax is not None,
+        BLOCK=quantized.blocksize if quantized is not None else 64,
+        NESTED_BLOCK=quantized.nested_blocksize if quantized is not None else 256,
+        QUANTIZED=quantized is not None,
         MERGE=merge,
         AUGMENT=augment,
         STORE=out is not None,

@@ -49,7 +49,7 @@ def _da(
     first = tl.program_id(1) * steps * ROWS
     acc = tl.zeros((COLS, RANKS), tl.float32)
     for start in range(first, tl.minimum(first + steps * ROWS, M), ROWS):
-        row = start.to(tl.int64) + tl.arange(0, ROWS)
+        row = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
         row_valid = row < M
         tile = tl.load(
             x + row[:, None] * stride_x + col[None, :],
@@ -94,6 +94,9 @@ def launch_lora_da(
     (from seed, int64 [1]) is below threshold are dropped. terms: of a dS, see `dot_wide`.
     """
     (m, k), r = x.shape, ds.shape[1]
+    if m == 0 or k == 0:
+        out.zero_()
+        return
     quads = None if seed is None else k % 4 == 0
     rows, cols, warps, stages = _tiles(x.dtype, rank_block(r), quads)
     blocks = triton.cdiv(k, cols)

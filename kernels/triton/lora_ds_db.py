@@ -101,6 +101,11 @@ def launch_lora_ds_db(
     fp32 [M, r], contiguous.
     """
     (m, n), r = dy.shape, lora_B.shape[1]
+    if m == 0 or n == 0:
+        ds.zero_()
+        if db is not None:
+            db.zero_()
+        return
     n_terms = terms(lora_B, dy.dtype)
     rows, cols, warps = _tiles(dy.dtype, rank_block(r), n_terms)
     blocks = triton.cdiv(n, cols)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fusetune.ops import _cpu, _cuda
+from fusetune.ops import _cpu, _cuda, _triton
 from fusetune.ops._registry import LIB, Impl, Op, plain
 from fusetune.ops._weight import SCHEMA, flatten, unflatten
 from fusetune.quantized_weight import QuantizedWeight
@@ -83,6 +83,7 @@ def _reference_write(w: QuantizedWeight, out: torch.Tensor) -> None:
 OP = Op(
     "dequantize_4bit",
     Impl("cuda", _cuda_write, _cuda.supports, 30),
+    Impl("triton", _triton.dequantize_4bit, _triton.supports, 20),
     Impl("cpu", _cpu_write, _cpu.supports("dequantize_4bit"), 10),
     Impl("reference", _reference_write, lambda case: None, 0),
 )

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _check
 from fusetune.ops._lora_linear_cpu import CPU_BACKWARD, CPU_FORWARD
+from fusetune.ops._lora_linear_gpu import GPU_BACKWARD, GPU_FORWARD
 from fusetune.ops._registry import LIB, Impl, Op, decode_int16, plain
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, as_rows, flatten, unflatten
 from fusetune.ops.linear_4bit import sum_rows
@@ -143,11 +144,13 @@ def _reference_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 OP = Op(
     "lora_linear",
+    *GPU_FORWARD,
     CPU_FORWARD,
     Impl("reference", _reference_forward, lambda case: None, 0),
 )
 OP_BACKWARD = Op(
     "lora_linear_backward",
+    *GPU_BACKWARD,
     CPU_BACKWARD,
     Impl("reference", reference.lora_linear_backward, lambda case: None, 0),
 )
