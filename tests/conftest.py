@@ -1,13 +1,10 @@
 """What every test runs under: fixed seeds, memory that shows what was not written, backends."""
 
 import sys
-from contextlib import nullcontext
 
 import pytest
 import torch
-from tolerance import one_thread
-
-from fusetune import ops
+from backends import HOST, forced
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +27,13 @@ def _poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=HOST)
 def backend(request):
-    """Runs the test once on each backend of this machine, forced: no silent fallback."""
-    threads = one_thread() if request.param == "reference" else nullcontext()
-    with threads, ops.use_backend(request.param):
+    """Runs the test once on each backend that any machine has, forced: no silent fallback.
+
+    `parametrize("backend", [...], indirect=True)` names others, see backends.py.
+    """
+    with forced(request.param):
         yield request.param
 
 

@@ -24,6 +24,11 @@ __device__ __forceinline__ float lookup(float table, uint32_t word, int shift) {
 // A packed byte holds the earlier of two elements in its high nibble: bit of element `i` of a little-endian word.
 __host__ __device__ constexpr int shift_of(int i) { return 8 * (i / 2) + (i % 2 ? 0 : 4); }
 
+// Weights are addressed in units of 32 elements, 16 bytes of codes: no block of absmax is smaller, and the number of a
+// unit fits in 32 bits where that of an element need not.
+constexpr int kUnit = 32;
+constexpr int kLog2Unit = 5;
+
 // The statistics of a weight's blocks. Plain: `plain` holds absmax. Nested: `plain` is null and
 // absmax = code[codes[i]] * scales[i / nested block] + offset, with `code` a copy of the 256 values in shared memory.
 struct Absmax {
@@ -40,7 +45,7 @@ struct Absmax {
     uint32_t code;
   };
 
-  __device__ __forceinline__ Raw load(int64_t block) const {
+  __device__ __forceinline__ Raw load(uint32_t block) const {
     if (plain) return {__ldg(plain + block), 0};
     return {__ldg(scales + (block >> log2_nested)), __ldg(codes + block)};
   }
@@ -51,8 +56,8 @@ struct Absmax {
     return __fadd_rn(__fmul_rn(code[raw.code], raw.number), offset);
   }
 
-  // Absmax of the block that element `i` of the flattened weight lies in.
-  __device__ __forceinline__ int64_t block_of(int64_t i) const { return i >> log2_block; }
+  // Number of the block that a unit of the flattened weight lies in.
+  __device__ __forceinline__ uint32_t block_of(uint32_t unit) const { return unit >> (log2_block - kLog2Unit); }
 };
 
 // Copies the nested code to shared memory; a barrier must follow before it is used. Any number of threads.

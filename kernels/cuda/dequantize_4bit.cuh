@@ -11,7 +11,6 @@ namespace fusetune {
 
 constexpr int kDequantWarps = 8;
 constexpr int kMaxSpan = 8192;
-constexpr int kMinBlock = 32;  // smallest block of absmax
 
 template <class T>
 __global__ void __launch_bounds__(32 * kDequantWarps)
@@ -23,7 +22,7 @@ __global__ void __launch_bounds__(32 * kDequantWarps)
   constexpr int V = 16 / sizeof(T);
   using Codes = std::conditional_t<V == 8, uint32_t, uint16_t>;
   __shared__ float nested[256];
-  __shared__ float scales[kDequantWarps][kMaxSpan / kMinBlock];
+  __shared__ float scales[kDequantWarps][kMaxSpan / kUnit];
   load_nested_code(nested, nested_code);
   const float table = codebook_lane(codebook);
   __syncthreads();
@@ -34,10 +33,11 @@ __global__ void __launch_bounds__(32 * kDequantWarps)
   const int64_t end = min(begin + span, n);
   const Absmax stats{absmax,      absmax_codes, nested_absmax, nested, nested_offset ? __ldg(nested_offset) : 0.0f,
                      log2_block, log2_nested};
-  const int64_t first_block = stats.block_of(begin);
-  const int blocks = static_cast<int>(stats.block_of(end - 1) - first_block) + 1;
+  const uint32_t first_block = static_cast<uint32_t>(begin >> log2_block);
+  const int blocks = static_cast<int>(static_cast<uint32_t>((end - 1) >> log2_block) - first_block) + 1;
   for (int i = lane; i < blocks; i += 32) scales[warp][i] = stats.decode(stats.load(first_block + i));
   __syncwarp();
+  const int64_t block_begin = int64_t{first_block} << log2_block;
 
 #pragma unroll 4
   for (int64_t base = begin; base < end; base += 32 * V) {
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(32 * kDequantWarps)
       for (int byte = 0; byte < V / 2; ++byte)
         if (i + 2 * byte < end) word |= uint32_t{__ldg(packed + i / 2 + byte)} << (8 * byte);
     }
-    const float scale = i < end ? scales[warp][stats.block_of(i) - first_block] : 0.0f;
+    const float scale = i < end ? scales[warp][static_cast<int>((i - block_begin) >> log2_block)] : 0.0f;
     T v[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) v[j] = rounded<T>(lookup(table, word, shift_of(j)) * scale);

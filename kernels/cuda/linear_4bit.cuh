@@ -21,26 +21,37 @@ namespace fusetune {
 
 constexpr int kChunk = 128;  // elements of K that a warp multiplies at a time
 
-// A lane's part of a chunk of R weight rows: 32 codes of each, and what their absmax is computed from.
+// A lane's part of a chunk of R weight rows: a unit of each, and what their absmax is computed from.
 template <int R>
 struct ChunkCodes {
   uint4 codes[R];
   Absmax::Raw absmax[R];
 };
 
+// Where a lane's R rows begin, in units. Rows past the end stand for the last: they are multiplied and not stored.
 template <int R>
-__device__ __forceinline__ ChunkCodes<R> load_codes(const uint8_t* __restrict__ packed, const Absmax& absmax,
-                                                    int64_t n0, int64_t n, int64_t k, int64_t column) {
-  ChunkCodes<R> result;
+struct RowUnits {
+  uint32_t first[R];
+  uint32_t count;  // of a row
+
+  __device__ __forceinline__ RowUnits(int64_t n0, int64_t n, int64_t k) : count(static_cast<uint32_t>(k / kUnit)) {
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    const int64_t row = n0 + r < n ? n0 + r : n - 1;  // rows past the end are multiplied and not stored
-    const int64_t element = row * k + (column < k ? column : 0);
-    result.codes[r] = column < k ? load_once(packed + element / 2) : make_uint4(0, 0, 0, 0);
-    result.absmax[r] = absmax.load(absmax.block_of(element));
+    for (int r = 0; r < R; ++r) first[r] = static_cast<uint32_t>(min(n0 + r, n - 1)) * count;
   }
-  return result;
-}
+
+  // Unit `unit` of all rows; past their end the last: x is zero there.
+  __device__ __forceinline__ ChunkCodes<R> load(const uint8_t* __restrict__ packed, const Absmax& absmax,
+                                                uint32_t unit) const {
+    ChunkCodes<R> result;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const uint32_t at = first[r] + min(unit, count - 1);
+      result.codes[r] = load_once(packed + 16 * uint64_t{at});
+      result.absmax[r] = absmax.load(absmax.block_of(at));
+    }
+    return result;
+  }
+};
 
 // Operands a of steps 2j and 2j + 1 of a chunk: word j of every row's codes, scaled and rounded to T.
 template <class T, int MT>
@@ -60,7 +71,7 @@ __device__ __forceinline__ void decode_steps(uint32_t (&a)[2][MT][4], const Chun
 }
 
 template <class T>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 3)
     linear_4bit_stream(const T* __restrict__ x, int64_t x_pitch, int m, const uint8_t* __restrict__ packed,
                        const float* __restrict__ codebook, const float* __restrict__ absmax,
                        const uint8_t* __restrict__ absmax_codes, const float* __restrict__ nested_code,
@@ -80,10 +91,12 @@ __global__ void __launch_bounds__(256)
     const Absmax stats{absmax,      absmax_codes, nested_absmax, nested, nested_offset ? __ldg(nested_offset) : 0.0f,
                        log2_block, log2_nested};
 
-    const auto load = [&](int chunk) { return load_codes<2>(packed, stats, n0, n, k, int64_t{kChunk} * chunk + 32 * t); };
+    const RowUnits<2> units(n0, n, k);
+    const T* x_row = x + min(g, m - 1) * x_pitch;  // what rows past the end give is not stored
     int chunk = begin + warp;
-    ChunkCodes<2> current{};
-    if (chunk < end) current = load(chunk);
+    bool more = chunk < end;
+    ChunkCodes<2> current, next;
+    if (more) current = units.load(packed, stats, 4 * chunk + t);
     const float table = codebook_lane(codebook);
     load_nested_code(nested, nested_code);
     __syncthreads();
@@ -94,16 +107,17 @@ __global__ void __launch_bounds__(256)
           acc, rank, [&](int row, int i) { return row < m ? tail_scale * __ldg(s + int64_t{row} * rank + i) : 0.0f; },
           [&](int c, int i) { return n0 + c < n ? __ldg(lora_B + (n0 + c) * rank + i) : 0.0f; });
     }
-    for (; chunk < end; chunk += kWarps) {
-      const int64_t column = int64_t{kChunk} * chunk + 32 * t;
+    while (more) {
+      const uint32_t unit = 4 * chunk + t;
       uint4 rows[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const uint4* from = reinterpret_cast<const uint4*>(x + g * x_pitch + column) + j;
-        rows[j] = g < m && column < k ? __ldg(from) : make_uint4(0, 0, 0, 0);
+        const uint4* from = reinterpret_cast<const uint4*>(x_row + kUnit * uint64_t{unit}) + j;
+        rows[j] = unit < units.count ? __ldg(from) : make_uint4(0, 0, 0, 0);
       }
-      ChunkCodes<2> next{};
-      if (chunk + kWarps < end) next = load(chunk + kWarps);
+      chunk += kWarps;
+      more = chunk < end;
+      if (more) next = units.load(packed, stats, 4 * chunk + t);
       const float scale[2] = {stats.decode(current.absmax[0]), stats.decode(current.absmax[1])};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -112,7 +126,7 @@ __global__ void __launch_bounds__(256)
         mma<T>(acc[0][0], a[0][0], rows[j].x, rows[j].y);
         mma<T>(acc[0][0], a[1][0], rows[j].z, rows[j].w);
       }
-      current = next;
+      if (more) current = next;
     }
 
     float* mine = sums[warp] + 2 * t * kPitch + 2 * g;
@@ -159,18 +173,21 @@ __global__ void __launch_bounds__(128, 2)
     const Absmax stats{absmax,      absmax_codes, nested_absmax, nested, nested_offset ? __ldg(nested_offset) : 0.0f,
                        log2_block, log2_nested};
 
-    const auto load = [&](int chunk) { return load_codes<4>(packed, stats, n0, n, k, int64_t{kChunk} * chunk + 32 * t); };
+    const RowUnits<4> units(n0, n, k);
+    // A thread copies 16 bytes of every eighth row: 8 elements of column 8 (threadIdx.x % 16) of a chunk.
+    const int copy_row = threadIdx.x / 16, copy_column = 8 * (threadIdx.x % 16);
+    const T* copy_from = x + (m0 + copy_row) * x_pitch + copy_column;
     const auto copy_x = [&](int chunk, int buffer) {
+      const int64_t column = int64_t{kChunk} * chunk;
 #pragma unroll
       for (int i = 0; i < NT; ++i) {
-        const int index = threadIdx.x + 128 * i, row = index / 16, unit = index % 16;
-        const int64_t column = int64_t{kChunk} * chunk + 8 * unit;
-        const bool valid = m0 + row < m && column < k;
-        copy_16(&xs[buffer][row][place_of(row, unit)], valid ? x + (m0 + row) * x_pitch + column : x, valid);
+        const bool valid = m0 + copy_row + 8 * i < m && column + copy_column < k;
+        uint4* to = &xs[buffer][copy_row + 8 * i][place_of(copy_row, threadIdx.x % 16)];
+        copy_16(to, valid ? copy_from + 8 * i * x_pitch + column : x, valid);
       }
     };
     copy_x(begin, 0);
-    ChunkCodes<4> current = load(begin);
+    ChunkCodes<4> current = units.load(packed, stats, 4 * begin + t), next;
     const float table = codebook_lane(codebook);
     load_nested_code(nested, nested_code);
 
@@ -185,10 +202,10 @@ __global__ void __launch_bounds__(128, 2)
       const int buffer = (chunk - begin) % 2;
       copies_wait();
       __syncthreads();  // this chunk's x is there, and the other buffer's has been used
-      ChunkCodes<4> next{};
-      if (chunk + 1 < end) {
+      const bool more = chunk + 1 < end;
+      if (more) {
         copy_x(chunk + 1, 1 - buffer);
-        next = load(chunk + 1);
+        next = units.load(packed, stats, 4 * (chunk + 1) + t);
       }
       float scale[4];
 #pragma unroll
@@ -207,7 +224,7 @@ __global__ void __launch_bounds__(128, 2)
           }
         }
       }
-      current = next;
+      if (more) current = next;
     }
 
     const Output<T> output{y, partial, bias, m, n};
@@ -248,9 +265,9 @@ __global__ void __launch_bounds__(256)
     float w[kColumns][8];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const int64_t element = min(n0 + c, n - 1) * k + (valid ? column : 0);
-      const uint32_t word = valid ? __ldg(reinterpret_cast<const uint32_t*>(packed + element / 2)) : 0;
-      const float scale = stats.decode(stats.load(stats.block_of(element)));
+      const int64_t element = min(n0 + c, n - 1) * k + min(column, k - 8);  // past the end x is not read
+      const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(packed + element / 2));
+      const float scale = stats.decode(stats.load(stats.block_of(static_cast<uint32_t>(element / kUnit))));
 #pragma unroll
       for (int i = 0; i < 8; ++i) w[c][i] = lookup(table, word, shift_of(i)) * scale;
     }

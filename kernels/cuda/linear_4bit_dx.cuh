@@ -35,13 +35,16 @@ __global__ void __launch_bounds__(128, 2)
     __shared__ __align__(16) float scales[2][4][kPitch];
     __shared__ float nested[256];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int64_t block_column = blockIdx.x * int64_t{128}, k0 = block_column + 32 * warp + 4 * g;
+    const int64_t k0 = blockIdx.x * int64_t{128} + 32 * warp + 4 * g;
     const int m0 = blockIdx.y * kRows;
     const int stages = static_cast<int>((n + kStage - 1) / kStage);
     const int begin = blockIdx.z * stages_per_split, end = min(begin + stages_per_split, stages);
     const Absmax stats{absmax,      absmax_codes, nested_absmax, nested, nested_offset ? __ldg(nested_offset) : 0.0f,
                        log2_block, log2_nested};
 
+    // Of W a thread copies the unit of 32 columns number `run`, and its absmax, of every 32nd row.
+    const int copy_row = threadIdx.x / 4, run = threadIdx.x % 4;
+    const uint32_t row_units = static_cast<uint32_t>(k / kUnit), first_unit = 4 * blockIdx.x + run;
     // Units of 16 bytes trade places so that lanes that read or write together do not meet in a bank.
     const auto copy_dy = [&](int64_t n0, int buffer) {
 #pragma unroll
@@ -55,21 +58,19 @@ __global__ void __launch_bounds__(128, 2)
     const auto copy_codes = [&](int64_t n0, int buffer) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int index = threadIdx.x + 128 * i, row = index / 4, run = index % 4;
-        const int64_t column = block_column + 32 * run;
-        const bool valid = n0 + row < n && column < k;
-        const uint8_t* from = valid ? packed + ((n0 + row) * k + column) / 2 : packed;
+        const int row = copy_row + 32 * i;
+        const bool valid = n0 + row < n && first_unit < row_units;
+        const uint32_t unit = static_cast<uint32_t>(n0 + row) * row_units + first_unit;
+        const uint8_t* from = valid ? packed + 16 * uint64_t{unit} : packed;
         copy_16(&codes[buffer][row][run ^ ((row >> 3) & 3)], from, valid);
       }
     };
-    const auto load_absmax = [&](int64_t n0, int i) {  // of 32 columns of row index / 4
-      const int index = threadIdx.x + 128 * i;
-      const int64_t row = min(n0 + index / 4, n - 1), column = block_column + 32 * (index % 4);
-      return stats.load(stats.block_of(row * k + (column < k ? column : 0)));
+    const auto load_absmax = [&](int64_t n0, int i) {  // past an end: of something else, times zero
+      const uint32_t row = static_cast<uint32_t>(min(n0 + copy_row + 32 * i, n - 1));
+      return stats.load(stats.block_of(row * row_units + min(first_unit, row_units - 1)));
     };
     const auto store_absmax = [&](const Absmax::Raw& raw, int i, int buffer) {
-      const int index = threadIdx.x + 128 * i;
-      scales[buffer][index % 4][index / 4] = stats.decode(raw);
+      scales[buffer][run][copy_row + 32 * i] = stats.decode(raw);
     };
 
     copy_dy(int64_t{kStage} * begin, 0);

@@ -107,6 +107,7 @@ __global__ void __launch_bounds__(256)
     const int64_t i = 4 * thread;
     if (i >= count) return;
     float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
     for (int split = 0; split < splits; ++split) {
       const float4 v = *reinterpret_cast<const float4*>(partial + split * count + i);
       sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
@@ -120,6 +121,7 @@ __global__ void __launch_bounds__(256)
   }
   if (thread >= count) return;
   float sum = 0;
+#pragma unroll 4
   for (int split = 0; split < splits; ++split) sum += partial[split * count + thread];
   if (bias) sum += __ldg(bias + thread % cols);
   out[thread] = rounded<T>(sum);

@@ -103,5 +103,5 @@ def sum_parts(parts: torch.Tensor, out: torch.Tensor, factor: float = 1.0) -> No
     same result. out: contiguous, any dtype."""
     n = out.numel()
     _sum_parts[(triton.cdiv(n, _SUM_BLOCK),)](
-        parts, out, n, parts.shape[0], factor, BLOCK=_SUM_BLOCK, num_warps=4
+        parts, out, n, parts.shape[0], factor, BLOCK=_SUM_BLOCK, num_warps=4, enable_fp_fusion=True
     )

@@ -246,5 +246,6 @@ def launch_linear(
         RANKS=16 if tail is None or tail.s.shape[1] <= 16 else 32,
         GROUP=_GROUP,
         num_warps=shape.warps,
+        enable_fp_fusion=True,
         num_stages=shape.stages,
     )

@@ -101,7 +101,7 @@ def launch_lora_da(
     rows, cols, warps, stages = _tiles(x.dtype, rank_block(r), quads)
     blocks = triton.cdiv(k, cols)
     parts, steps = splits(blocks, triton.cdiv(m, rows))
-    shares = x.new_empty(parts, r, k, dtype=torch.float32)
+    shares = torch.empty(parts, r, k, dtype=torch.float32, device=x.device)
     _da[(blocks, parts)](
         x,
         ds,
@@ -120,6 +120,7 @@ def launch_lora_da(
         COLS=cols,
         RANKS=rank_block(r),
         num_warps=warps,
+        enable_fp_fusion=True,
         num_stages=stages,
     )
     sum_parts(shares, out, factor)

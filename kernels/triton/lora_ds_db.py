@@ -110,8 +110,9 @@ def launch_lora_ds_db(
     rows, cols, warps = _tiles(dy.dtype, rank_block(r), n_terms)
     blocks = triton.cdiv(n, cols)
     parts, steps = splits(blocks, triton.cdiv(m, rows))
-    ds_parts = dy.new_empty(blocks, m, r, dtype=torch.float32)
-    db_parts = dy.new_empty(parts, n, r, dtype=torch.float32) if db is not None else ds_parts
+    fp32 = {"dtype": torch.float32, "device": dy.device}
+    ds_parts = torch.empty(blocks, m, r, **fp32)
+    db_parts = ds_parts if db is None else torch.empty(parts, n, r, **fp32)
     _ds_db[(blocks, parts)](
         dy,
         lora_B,
@@ -130,6 +131,7 @@ def launch_lora_ds_db(
         COLS=cols,
         RANKS=rank_block(r),
         num_warps=warps,
+        enable_fp_fusion=True,
         num_stages=1,
     )
     sum_parts(ds_parts, ds, scaling)

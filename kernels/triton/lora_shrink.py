@@ -184,7 +184,9 @@ def _launch(
     rows, cols, warps, stages = _tiles(x.dtype, count, block, n_terms, quads)
     blocks, steps = triton.cdiv(m, rows), triton.cdiv(k, cols)
     parts, steps = splits(blocks, steps)
-    out = flat if parts == 1 else flat.new_empty(parts, flat.numel())
+    out = flat
+    if parts > 1:
+        out = torch.empty(parts, flat.numel(), dtype=torch.float32, device=x.device)
     pad = [loras[0]] * (MOST - count)
     _shrink[(blocks, parts)](
         x,
@@ -209,6 +211,7 @@ def _launch(
         COLS=cols,
         RANKS=block,
         num_warps=warps,
+        enable_fp_fusion=True,
         num_stages=stages,
     )
     if parts > 1:

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from backends import GPU, TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_cases import DTYPES, NAMES, WEIGHTS, check, leaves, make, to_float64
@@ -42,6 +43,39 @@ def test_shapes(backend, shape, kind, dtype):
 @pytest.mark.parametrize("r", [1, 3, 8, 16, 64, 256])
 def test_ranks(backend, r, kind, dtype):
     check(make(19, 83, 131, r, dtype, kind), 0.1)
+
+
+# On GPUs: M, N, K, r, dtype of activations, weight, dtype of adapters, dropout. Simulated they take
+# a second each, so they are few: every kernel meets every dtype, dropout and a K that is and is not
+# a multiple of 4, tiles of both sizes, ranks below, at and above a tile's, both kinds of absmax.
+F32, F16, BF16 = DTYPES
+ON_GPU = (
+    (1, 48, 64, 8, BF16, "nf4", F32, 0.0),
+    (9, 64, 101, 1, F16, "fp4 nested", F32, 0.3),
+    (70, 136, 200, 16, BF16, "fp4 nested", F32, 0.3),
+    (66, 40, 136, 16, BF16, "nf4", BF16, 0.0),
+    (19, 33, 72, 64, F16, "nf4", F16, 0.5),
+    (67, 130, 40, 3, F16, "nf4", F32, 0.0),
+    (17, 24, 48, 256, BF16, "nf4", F32, 0.1),
+    (33, 65, 50, 20, F32, "nf4", F32, 0.3),
+    (2, 48, 64, 8, F32, "fp4 nested", F32, 0.0),
+)
+DENSE_ON_GPU = (
+    (37, 97, 101, 16, F32, "dense", F32, 0.0),
+    (19, 40, 48, 64, BF16, "dense", F32, 0.3),
+    (66, 136, 64, 5, F16, "dense", F16, 0.3),
+)
+
+
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [*itertools.product(GPU, ON_GPU), *itertools.product(TRITON, DENSE_ON_GPU)],
+    indirect=["backend"],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_on_gpus(backend, case):
+    *sizes, dtype, kind, adapter, dropout_p = case
+    check(make(*sizes, dtype, kind, adapter), dropout_p)
 
 
 @pytest.mark.parametrize("parts", [*itertools.product([False, True], repeat=2)])
