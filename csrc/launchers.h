@@ -10,7 +10,7 @@ enum FusetuneDtype { kFusetuneFloat32 = 0, kFusetuneFloat16 = 1, kFusetuneBfloat
 
 // A 4-bit weight [n, k] in bitsandbytes' layout. Plain: absmax. Nested: absmax null and the four others, with
 // absmax[i] = nested_code[absmax_codes[i]] * nested_absmax[i / nested_blocksize] + *nested_offset.
-// Both block sizes are powers of two, blocksize at least 32.
+// Both block sizes are powers of two, blocksize at least 32. n * k is less than 2^37.
 struct FusetuneWeight4bit {
   const uint8_t* packed;
   const float* codebook;  // 16 values

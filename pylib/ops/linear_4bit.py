@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from fusetune.ops import _check, _cpu, _cuda
+from fusetune.ops import _check, _cpu, _cuda, _gpu_linear, _triton
 from fusetune.ops._registry import LIB, Impl, Op, decode_int16, plain
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, as_rows, flatten, unflatten
-from fusetune.ops.dequantize_4bit import dequantize_4bit
 from fusetune.quantized_weight import QuantizedWeight
 from fusetune.reference import linear_4bit as reference
 
@@ -72,19 +71,11 @@ def _cpu_dx(rows: torch.Tensor, w: QuantizedWeight) -> torch.Tensor:
     return dx
 
 
-def _cuda_linear(
+def _gpu_forward(
     rows: torch.Tensor, w: QuantizedWeight, bias: torch.Tensor | None, int16: bool
 ) -> torch.Tensor:
-    if _cuda.refuses(rows.shape[0], *w.shape, rows.dtype, w) is None:
-        return _cuda.linear_4bit(rows, w, bias)
-    bias = None if bias is None else bias.to(rows.dtype)
-    return torch.nn.functional.linear(rows, dequantize_4bit(w, rows.dtype), bias)
-
-
-def _cuda_dx(dy: torch.Tensor, w: QuantizedWeight) -> torch.Tensor:
-    if _cuda.refuses(dy.shape[0], *w.shape, dy.dtype, w, dx=True) is None:
-        return _cuda.linear_4bit_dx(dy, w)
-    return dy @ dequantize_4bit(w, dy.dtype)
+    bias32 = None if bias is None else _cpu.fp32(bias)
+    return _gpu_linear.linear(rows, w, bias32)
 
 
 def _reference_linear(
@@ -95,13 +86,15 @@ def _reference_linear(
 
 OP = Op(
     "linear_4bit",
-    Impl("cuda", _cuda_linear, _cuda.supports, 30),
+    Impl("cuda", _gpu_forward, _cuda.supports, 30),
+    Impl("triton", _gpu_forward, _triton.supports, 20),
     Impl("cpu", _cpu_linear, _cpu.supports("linear"), 10),
     Impl("reference", _reference_linear, lambda case: None, 0),
 )
 OP_DX = Op(
     "linear_4bit_dx",
-    Impl("cuda", _cuda_dx, _cuda.supports, 30),
+    Impl("cuda", _gpu_linear.linear_dx, _cuda.supports, 30),
+    Impl("triton", _gpu_linear.linear_dx, _triton.supports, 20),
     Impl("cpu", _cpu_dx, _cpu.supports("linear_dx"), 10),
     Impl("reference", reference.linear_4bit_dx, lambda case: None, 0),
 )
