@@ -7,7 +7,7 @@ configurations the first is taken, for time is not modelled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,26 +30,23 @@ MAX_SHARED = {
 @contextmanager
 def triton_sim(arch: int = 80) -> Iterator[Run]:
     """Executes Triton kernels, compiled for sm_`arch`, on CPU tensors; forces backend "triton"."""
-    run = Run(arch)
-    with ExitStack() as stack:
-        stack.enter_context(_driver(arch, run))
-        stack.enter_context(accept_cpu_tensors("triton"))
+    with simulated_driver(arch) as run, accept_cpu_tensors("triton"):
         yield run
 
 
 @contextmanager
-def _driver(arch: int, run: Run) -> Iterator[None]:
-    """Makes the simulating driver Triton's, for the length of a with block."""
+def simulated_driver(arch: int = 80) -> Iterator[Run]:
+    """Executes Triton kernels on CPU tensors, whosever they are; nothing of the ops changes."""
     if arch not in MAX_SHARED:
         raise ValueError(f"arch must be one of {sorted(MAX_SHARED)}, got {arch!r}")
     from triton import knobs
     from triton.runtime import driver
 
-    before = driver._active
+    run, before = Run(arch), driver._active
     driver.set_active(_make_driver(arch, run))
     knobs.runtime.kernel_load_start_hook.add(_remember_ptx)
     try:
-        yield
+        yield run
     finally:
         driver._active = before
 

@@ -27,6 +27,10 @@ Dim3 = tuple[int, int, int]
 
 # Instructions that may send threads elsewhere; they end a block.
 CONTROL = frozenset({"bra", "ret", "exit", "trap", "bar", "barrier"})
+SPECIAL = frozenset(
+    {f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"}
+    | {"%laneid", "%warpid", "%lanemask_eq", "%lanemask_lt"}
+)
 
 
 class Machine:
@@ -90,7 +94,8 @@ class Machine:
         self._live: Array | None = None if threads == per else self.thread < threads
         self._pc: int | None = 0  # of all live threads; None: they differ, see _pcs
         self._pcs = np.zeros(lanes, np.int32)
-        self._waiting = np.zeros(lanes, np.bool_)
+        self._waiting = np.zeros(lanes, np.bool_)  # at a barrier, of this number:
+        self._barrier = np.zeros(lanes, np.int8)
         self._executed: dict[tuple[int, int], int] = {}
         self._set_mask(self._live)
         for register, dtype in self._arbitrary:  # something that does not go unnoticed
@@ -107,7 +112,7 @@ class Machine:
         self.tag = self.floor + self._warp
 
     def special(self, name: str) -> Value:
-        """A special register such as %tid.x; KeyError for one that is not known."""
+        """A special register, one of SPECIAL."""
         if name not in self._special:
             self._special[name] = self._make_special(name)
         return self._special[name]
@@ -126,11 +131,10 @@ class Machine:
             return self.lane.astype(np.uint32)
         if name == "%warpid":
             return self._warp.astype(np.uint32)
-        if base == "%lanemask_lt":
-            return ((np.uint64(1) << self.lane.astype(np.uint64)) - np.uint64(1)).astype(np.uint32)
-        if base == "%lanemask_eq":
-            return (np.uint64(1) << self.lane.astype(np.uint64)).astype(np.uint32)
-        raise KeyError(name)
+        own = np.uint64(1) << self.lane.astype(np.uint64)
+        if name == "%lanemask_eq":
+            return own.astype(np.uint32)
+        return (own - np.uint64(1)).astype(np.uint32)  # %lanemask_lt
 
     # ---- registers ------------------------------------------------------------------------------
 
@@ -269,25 +273,34 @@ class Machine:
             return
         self._live = ~gone if self._live is None else self._live & ~gone
 
-    def arrive(self, taken: Value | None) -> None:
-        """The threads of the mask where `taken` holds wait for the others of their CTAs."""
+    def arrive(self, taken: Value | None, number: int) -> None:
+        """The threads of the mask where `taken` holds wait at a barrier for the others of their
+        CTAs. Threads that have exited are not waited for."""
         if taken is not None and not taken.all():
             arrived = taken if self.mask is None else taken & self.mask
             if self._pc is not None:
                 self._pcs[:] = self._pc
                 self._pc = None
             self._waiting |= arrived
+            self._barrier[arrived] = number
             return
         if self._pc is not None:  # nobody else is left to wait for
             self._open(self._ctas_where(self._live))
             return
-        self._waiting[slice(None) if self.mask is None else self.mask] = True
+        where = slice(None) if self.mask is None else self.mask
+        self._waiting[where] = True
+        self._barrier[where] = number
 
     def _ctas_where(self, threads: Array | None) -> Array:
         """[ctas] which have a thread among these (None: all)."""
         if threads is None:
             return np.ones(len(self._epoch), np.bool_)
         return np.asarray(threads.reshape(len(self._epoch), -1).any(1))
+
+    def _first_of_cta(self, threads: Array) -> Array:
+        """[ctas] index of the first of these threads in each CTA."""
+        ctas = len(self._epoch)
+        return np.asarray(threads.reshape(ctas, -1).argmax(1)) + np.arange(ctas) * self.per_cta
 
     def _open(self, opened: Array) -> None:
         self.counts.barriers += int(np.count_nonzero(opened))
@@ -377,6 +390,9 @@ class Machine:
                 self._waiting &= live
             absent = ~self._waiting if live is None else live & ~self._waiting
             opened = self._ctas_where(self._waiting) & ~self._ctas_where(absent)
+            # All of a CTA wait, but at different barriers: none opens.
+            first = np.repeat(self._barrier[self._first_of_cta(self._waiting)], self.per_cta)
+            opened &= ~self._ctas_where(self._waiting & (self._barrier != first))
             if opened.any():
                 self._open(opened)
                 self._waiting.reshape(len(opened), -1)[opened] = False

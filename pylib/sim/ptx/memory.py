@@ -234,12 +234,13 @@ class SharedMemory:
         scatter(self._data, at, values, m.mask)
 
     def atomic(self, m: Machine, address: Array, size: int) -> tuple[Array, Array]:
-        """(memory, byte offsets in it). Atomics do not race with one another; with others they do,
-        which is not looked for."""
+        """(memory, byte offsets in it). To others it is as a load: atomics do not race with one
+        another. A load that races with an atomic before it is not found."""
         at = self._checked(m, address, size, "atomic")
         requests, waves = traffic.wavefronts(at, size, m.mask)
         m.counts.shared_store_requests += requests
         m.counts.shared_store_wavefronts += waves
+        self.note_load(m, at, size)
         return self._data, at
 
     def rows(self, m: Machine, address: Array, what: str) -> Array:

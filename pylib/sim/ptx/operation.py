@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fusetune.sim.errors import UnknownInstruction
-from fusetune.sim.ptx.machine import Machine
+from fusetune.sim.ptx.machine import SPECIAL, Machine
 from fusetune.sim.ptx.syntax import Instruction, Variable
 from fusetune.sim.ptx.types import DTYPES, UNSIGNED, Array, Value, literal
 
@@ -118,13 +118,9 @@ class Operation:
             return self._read_register(operand, dtype)
         m = self.machine
         if operand.startswith("%"):
-            try:
-                m.special(operand) if hasattr(m, "lanes") else None
-            except KeyError:
-                raise UnknownInstruction(f"special register {operand}") from None
-            if operand == "%clock64" or dtype.itemsize != 4:
-                return lambda: m.special(operand).astype(dtype)
-            return lambda: m.special(operand).view(dtype)
+            if operand not in SPECIAL:
+                raise UnknownInstruction(f"special register {operand}")
+            return lambda: m.special(operand).astype(dtype)
         if operand in self._symbols:
             size = dtype.itemsize
             address = UNSIGNED[size].type(self._symbols[operand] & ((1 << 8 * size) - 1))

@@ -106,7 +106,7 @@ def atomic(x: Operation) -> Step:
                     words[word] = function(old, operands[0][i][lane])
                 elif old == operands[0][i][lane]:  # cas
                     words[word] = operands[1][i][lane]
-        for write, value in zip(writes, before, strict=True):
+        for write, value in zip(writes, before, strict=returns):
             write(value)
 
     return step

@@ -64,14 +64,14 @@ def barrier(x: Operation) -> Step:
     x.modifiers.ignore("cta", "aligned")
     x.modifiers.required("sync")
     operands = x.operands(1, 2)
-    x.constant(operands[0])
+    number = x.constant(operands[0])
     threads = x.constant(operands[1]) if len(operands) > 1 else None
     taken = _guard(x)
 
     def step() -> None:
         if threads not in (None, m.per_cta):
             raise UnknownInstruction(f"a barrier of {threads} of the CTA's {m.per_cta} threads")
-        m.arrive(None if taken is None else taken())
+        m.arrive(None if taken is None else taken(), number)
 
     return step
 

@@ -90,8 +90,9 @@ def mma(x: Operation) -> Step:
     d_type = x.modifiers.last_type({"f32", "f16", "s32"})
     x.modifiers.required("sync")
     x.modifiers.required("aligned")
-    x.modifiers.required("row")
-    x.modifiers.required("col")
+    if " row col " not in f" {' '.join(x.instruction.modifiers)} ":
+        raise UnknownInstruction("other layouts than .row.col")
+    x.modifiers.ignore("row", "col")
     x.modifiers.ignore("kind::f8f6f4")
     integral = a_type in ("s8", "u8")
     if integral:
