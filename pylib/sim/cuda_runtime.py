@@ -198,7 +198,9 @@ class _Tensors:
         known = [t for t in list(self._known.values()) if _holds(t, address)]
         if known:
             return known
-        everything = (thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
+        # type(): asking some objects for their __class__ has side effects.
+        # Subclasses (fake tensors among them) are left out: they may have no address.
+        everything = (t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter))
         found = [t for t in everything if t.device.type == "cpu" and _holds(t, address)]
         if found:
             self._known[_data_ptr(found[0])] = found[0]
