@@ -1,4 +1,4 @@
-"""A Triton driver whose device is the PTX interpreter: launches compute on CPU tensors.
+"""A Triton driver without a GPU: launches compute on CPU tensors, in the PTX interpreter.
 
 Host code (launchers, autotuning, heuristics) runs as it would on a GPU; of several autotuning
 configurations the first is taken, for time is not modelled.
@@ -6,14 +6,16 @@ configurations the first is taken, for time is not modelled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fusetune.sim.errors import SimError
 from fusetune.sim.ptx import Program
-from fusetune.sim.run import Launch, Run, accept_cpu_tensors
+from fusetune.sim.run import Dim3, Launch, Run, accept_cpu_tensors
 
 # Shared memory in bytes that one CTA may ask for, by architecture (CUDA programming guide).
 MAX_SHARED = {
@@ -37,26 +39,16 @@ def triton_sim(arch: int = 80) -> Iterator[Run]:
 @contextmanager
 def simulated_driver(arch: int = 80) -> Iterator[Run]:
     """Executes Triton kernels on CPU tensors, whosever they are; nothing of the ops changes."""
-    if arch not in MAX_SHARED:
-        raise ValueError(f"arch must be one of {sorted(MAX_SHARED)}, got {arch!r}")
-    from triton import knobs
-    from triton.runtime import driver
+    run = Run(arch)
 
-    run, before = Run(arch), driver._active
-    driver.set_active(_make_driver(arch, run))
-    knobs.runtime.kernel_load_start_hook.add(_remember_ptx)
-    try:
+    def execute(kernel: Compiled, grid: Dim3, args: list[Any]) -> None:
+        block = (32 * kernel.warps, 1, 1)
+        program = _program(kernel.files["ptx"])
+        counts = program.launch(kernel.name, grid, block, args, smem=kernel.shared)
+        run.launches.append(Launch(kernel.name, grid, block, counts))
+
+    with driver_in_place(arch, execute):
         yield run
-    finally:
-        driver._active = before
-
-
-_PTX_PATHS: dict[str, str] = {}  # of every compiled kernel that was loaded, by Triton's hash
-
-
-def _remember_ptx(_module: Any, _function: Any, name: str, group: dict[str, str], key: str) -> None:
-    """Triton's hook at the loading of a kernel: group maps file names to their cached paths."""
-    _PTX_PATHS[key] = next(path for file, path in group.items() if file.endswith(".ptx"))
 
 
 @lru_cache(maxsize=256)
@@ -64,11 +56,52 @@ def _program(path: str) -> Program:
     return Program(Path(path).read_text())
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel that Triton has compiled."""
+
+    name: str
+    warps: int
+    shared: int  # bytes, dynamic
+    files: dict[str, str]  # paths in Triton's cache, by ending: "ptx", "cubin", ...
+
+
+Execute = Callable[[Compiled, Dim3, list[Any]], None]
+
+
+@contextmanager
+def driver_in_place(arch: int, execute: Execute) -> Iterator[None]:
+    """Makes a driver Triton's that hands launches (kernel, grid, parameters) to `execute`."""
+    if arch not in MAX_SHARED:
+        raise ValueError(f"arch must be one of {sorted(MAX_SHARED)}, got {arch!r}")
+    from triton import knobs
+    from triton.runtime import driver
+
+    before = driver._active
+    driver.set_active(_make_driver(arch, execute))
+    knobs.runtime.kernel_load_start_hook.add(_remember_files)
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+_FILES: dict[str, dict[str, str]] = {}  # of every kernel that was loaded, by Triton's hash
+
+
+def _remember_files(_module: Any, _function: Any, _name: str, group: Any, key: str) -> None:
+    """Triton's hook at the loading of a kernel: group maps file names to their cached paths."""
+    _FILES[key] = {name.rpartition(".")[2]: path for name, path in group.items()}
+
+
 class _Launcher:
-    """What Triton calls to launch a compiled kernel. Outlives a simulation, in Triton's caches."""
+    """What Triton calls to launch a compiled kernel.
+
+    It stays in Triton's caches, so it looks for the driver that is active when it is called.
+    """
 
     def __init__(self, src: Any, metadata: Any) -> None:
-        self.signature = src.signature
+        self.types = tuple(src.signature.values())
         self.metadata = metadata
 
     def __call__(
@@ -86,23 +119,22 @@ class _Launcher:
     ) -> None:
         from triton.runtime import driver
 
-        program = _program(_PTX_PATHS[self.metadata.hash])
-        grid, block = (x, y, z), (32 * self.metadata.num_warps, 1, 1)
+        if self.metadata.global_scratch_size:
+            raise SimError(f"{self.metadata.name} needs scratch memory, which is not simulated")
+        kernel = Compiled(
+            self.metadata.name,
+            self.metadata.num_warps,
+            self.metadata.shared,
+            _FILES[self.metadata.hash],
+        )
         if enter_hook is not None:
             enter_hook(launch_metadata)
-        counts = program.launch(
-            self.metadata.name,
-            grid,
-            block,
-            _flatten(self.signature.values(), args),
-            smem=self.metadata.shared,
-        )
-        driver.active.run.launches.append(Launch(self.metadata.name, grid, block, counts))
+        driver.active.execute(kernel, (x, y, z), _flatten(self.types, args))
         if exit_hook is not None:
             exit_hook(launch_metadata)
 
 
-def _flatten(types: Any, args: Sequence[Any]) -> list[Any]:
+def _flatten(types: Iterable[Any], args: Sequence[Any]) -> list[Any]:
     """The kernel's parameters: no constexprs, tuples opened, descriptors in their pieces."""
     flat: list[Any] = []
     for kind, arg in zip(types, args, strict=True):
@@ -110,7 +142,7 @@ def _flatten(types: Any, args: Sequence[Any]) -> list[Any]:
             continue
         if isinstance(kind, tuple):
             flat += _flatten(kind, arg)
-        elif isinstance(kind, str) and kind.startswith("tensordesc"):
+        elif kind.startswith("tensordesc"):
             from triton.backends.driver import decompose_descriptor
 
             flat += decompose_descriptor(arg)
@@ -143,7 +175,7 @@ class _Utils:
         pass
 
 
-def _make_driver(arch: int, run: Run) -> Any:
+def _make_driver(arch: int, execute: Execute) -> Any:
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
@@ -153,7 +185,7 @@ def _make_driver(arch: int, run: Run) -> Any:
 
         def __init__(self) -> None:
             self.utils = _Utils(arch)
-            self.run = run
+            self.execute = execute
 
         @classmethod
         def is_active(cls) -> bool:
