@@ -9,7 +9,7 @@ import triton.language as tl
 # Programs that a memory-bound kernel is cut into, where its size allows: one for each
 # multiprocessor of today's largest cards or nearly so, and few partial sums to add.
 PROGRAMS = 128
-_SUM_BLOCK = 1024
+_SUM_BLOCK = 512  # four elements a thread: one vector
 _FEWEST = 4  # steps of a loop that is cut
 
 
@@ -38,13 +38,12 @@ def terms(parameter: torch.Tensor, activations: torch.dtype) -> int:
 
 
 @triton.jit
-def keep_mask(seed, row, first_col, K, threshold, COLS: tl.constexpr, ALIGNED: tl.constexpr):
+def keep_mask(key, row, first_col, K, threshold, COLS: tl.constexpr, ALIGNED: tl.constexpr):
     """Which elements (row, first_col + 0 .. COLS - 1) of a [., K] matrix are kept.
 
-    row: int64 [ROWS]; first_col: a multiple of 4; ALIGNED: K is one too, so that one counter
-    serves four neighbours. threshold: int32, the bits of an unsigned number.
+    key: the seed; row: int64 [ROWS]; first_col: a multiple of 4; ALIGNED: K is one too, so that one
+    counter serves four neighbours. threshold: int32, the bits of an unsigned number.
     """
-    key = tl.load(seed)
     if ALIGNED:
         quad = first_col // 4 + tl.arange(0, COLS // 4)
         w0, w1, w2, w3 = tl.randint4x(key, row[:, None] * (K // 4) + quad[None, :])

@@ -153,7 +153,7 @@ def _linear(
         dtype: tl.constexpr = y.dtype.element_ty
         acc = _add_tail(acc, s, b, row, col, M, N, r, stride_bn, stride_br, scaling, dtype, RANKS)
         if DROPOUT:
-            kept = keep_mask(seed, row, col_tile * COLS, N, threshold, COLS, ALIGNED)
+            kept = keep_mask(tl.load(seed), row, col_tile * COLS, N, threshold, COLS, ALIGNED)
             acc = tl.where(kept, acc * factor, 0.0)
     if BASE:
         x_at = x + row[:, None] * stride_x + inner[None, :]

@@ -48,6 +48,8 @@ def _da(
     col_valid, rank_valid = col < K, rank < r
     first = tl.program_id(1) * steps * ROWS
     acc = tl.zeros((COLS, RANKS), tl.float32)
+    if DROPOUT:
+        key = tl.load(seed)
     for start in range(first, tl.minimum(first + steps * ROWS, M), ROWS):
         row = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
         row_valid = row < M
@@ -57,7 +59,7 @@ def _da(
             other=0.0,
         )
         if DROPOUT:
-            kept = keep_mask(seed, row, first_col, K, threshold, COLS, ALIGNED)
+            kept = keep_mask(key, row, first_col, K, threshold, COLS, ALIGNED)
             tile = tl.where(kept, tile, 0.0)
         narrow = tl.load(
             ds + row[:, None] * r + rank[None, :],

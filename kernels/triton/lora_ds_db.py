@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusetune._triton._tile import dot_wide, rank_block, splits, sum_parts, terms
+from fusetune._triton._tile import PROGRAMS, dot_wide, rank_block, splits, sum_parts, terms
 
 
 @triton.jit
@@ -109,7 +109,10 @@ def launch_lora_ds_db(
     n_terms = terms(lora_B, dy.dtype)
     rows, cols, warps = _tiles(dy.dtype, rank_block(r), n_terms)
     blocks = triton.cdiv(n, cols)
-    parts, steps = splits(blocks, triton.cdiv(m, rows))
+    # Every share is written and read once more. Half as many programs as elsewhere, each with a
+    # tile in flight, keep memory busy where a product is of one term and so needs little else.
+    programs = PROGRAMS // 2 if n_terms == 1 else PROGRAMS
+    parts, steps = splits(blocks, triton.cdiv(m, rows), programs)
     fp32 = {"dtype": torch.float32, "device": dy.device}
     ds_parts = torch.empty(blocks, m, r, **fp32)
     db_parts = ds_parts if db is None else torch.empty(parts, n, r, **fp32)

@@ -26,7 +26,7 @@ def _step(
     acc,
     x,
     a,
-    seed,
+    key,
     r,
     row,
     k,
@@ -46,7 +46,7 @@ def _step(
         other=0.0,
     )
     if DROPOUT:
-        x = tl.where(keep_mask(seed, row, k, K, threshold, COLS, ALIGNED), x, 0.0)
+        x = tl.where(keep_mask(key, row, k, K, threshold, COLS, ALIGNED), x, 0.0)
     return dot_wide(x, part, acc, TERMS)
 
 
@@ -84,6 +84,12 @@ def _shrink(
     row_valid = row < M
     col = tl.arange(0, COLS)
     first = tl.program_id(1) * steps * COLS
+    key0, key1, key2, key3 = 0, 0, 0, 0
+    if DROPOUT:
+        key0 = tl.load(seed0)
+        key1 = tl.load(seed1)
+        key2 = tl.load(seed2)
+        key3 = tl.load(seed3)
     acc0 = tl.zeros((ROWS, RANKS), tl.float32)
     acc1 = acc0
     acc2 = acc0
@@ -95,19 +101,19 @@ def _shrink(
             other=0.0,
         )
         acc0 = _step(
-            acc0, xt, a0, seed0, r0, row, k, K, threshold, DROPOUT, ALIGNED, TERMS, COLS, RANKS
+            acc0, xt, a0, key0, r0, row, k, K, threshold, DROPOUT, ALIGNED, TERMS, COLS, RANKS
         )
         if COUNT > 1:
             acc1 = _step(
-                acc1, xt, a1, seed1, r1, row, k, K, threshold, DROPOUT, ALIGNED, TERMS, COLS, RANKS
+                acc1, xt, a1, key1, r1, row, k, K, threshold, DROPOUT, ALIGNED, TERMS, COLS, RANKS
             )
         if COUNT > 2:
             acc2 = _step(
-                acc2, xt, a2, seed2, r2, row, k, K, threshold, DROPOUT, ALIGNED, TERMS, COLS, RANKS
+                acc2, xt, a2, key2, r2, row, k, K, threshold, DROPOUT, ALIGNED, TERMS, COLS, RANKS
             )
         if COUNT > 3:
             acc3 = _step(
-                acc3, xt, a3, seed3, r3, row, k, K, threshold, DROPOUT, ALIGNED, TERMS, COLS, RANKS
+                acc3, xt, a3, key3, r3, row, k, K, threshold, DROPOUT, ALIGNED, TERMS, COLS, RANKS
             )
     # Part, then A, then row.
     out += tl.program_id(1).to(tl.int64) * M * (r0 + r1 + r2 + r3)
@@ -192,8 +198,8 @@ def _launch(
         x,
         *loras,
         *pad,
-        *(seeds or [loras[0]] * count),
-        *pad,
+        *(seeds or loras),
+        *([seeds[0]] * (MOST - count) if seeds else pad),
         out,
         m,
         k,

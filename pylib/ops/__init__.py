@@ -16,6 +16,7 @@ from fusetune.ops._registry import (
 )
 from fusetune.ops.cross_entropy import cross_entropy
 from fusetune.ops.dequantize_4bit import dequantize_4bit
+from fusetune.ops.dora_norm import dora_norm
 from fusetune.ops.linear_4bit import linear_4bit
 from fusetune.ops.lora_linear import lora_linear
 from fusetune.ops.quantize_4bit import quantize_4bit
@@ -27,6 +28,7 @@ __all__ = [
     "cross_entropy",
     "decode_int16",
     "dequantize_4bit",
+    "dora_norm",
     "linear_4bit",
     "lora_linear",
     "quantize_4bit",

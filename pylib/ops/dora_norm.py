@@ -1,0 +1,112 @@
+"""dora_norm: the row norms of W + scaling B A, by which DoRA scales. Not differentiable: detached,
+as in PEFT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusetune.ops import _check, _triton
+from fusetune.ops._registry import LIB, Case, Impl, Op, plain
+from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, flatten, unflatten
+from fusetune.quantized_weight import QuantizedWeight
+from fusetune.reference import dora_norm as reference
+
+Tensor = torch.Tensor
+
+
+def dora_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """|| W_i + scaling (B A)_i ||_2 for every row, fp32 [N] (float64 for float64 adapters).
+
+    weight: [N, K], a tensor or a `QuantizedWeight`; lora_A: [r, K]; lora_B: [N, r]. No gradient.
+    Raises TypeError or ValueError, naming the argument, for what does not fit.
+    """
+    _check_arguments(weight, lora_A, lora_B)
+    lora_A, lora_B = lora_A.detach(), lora_B.detach()
+    if isinstance(weight, Tensor):
+        weight = weight.detach()
+    if torch.compiler.is_compiling() or not plain(lora_A):
+        norm: Tensor = _op(*flatten(weight), lora_A, lora_B, float(scaling))
+        return norm
+    return _run_on(weight, lora_A, lora_B, float(scaling))
+
+
+def _check_arguments(weight: Weight, lora_A: Tensor, lora_B: Tensor) -> None:
+    if not isinstance(weight, Tensor | QuantizedWeight):
+        raise TypeError(
+            f"weight must be a tensor or a QuantizedWeight, got {type(weight).__name__}"
+        )
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight must be a matrix [N, K], got shape {list(weight.shape)}")
+    n, k = weight.shape
+    if isinstance(weight, Tensor):
+        _check.check_float("weight", weight)
+    _check.check_float("lora_A", lora_A)
+    _check.check_float("lora_B", lora_B)
+    if lora_A.dim() != 2 or lora_A.shape[1] != k:
+        raise ValueError(f"lora_A must have shape [r, {k}], got {list(lora_A.shape)}")
+    _check.check_shape("lora_B", lora_B, (n, lora_A.shape[0]))
+    _check.check_device("lora_B", lora_B, lora_A)
+    if weight.device != lora_A.device:
+        raise ValueError(f"weight is on {weight.device}, lora_A on {lora_A.device}")
+
+
+# --- implementations ------------------------------------------------------------------------------
+
+
+def _triton_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    if isinstance(weight, QuantizedWeight) and weight.shape[1] % 8:
+        return reference.dora_norm(weight, lora_A, lora_B, scaling)  # words of codes cross rows
+    from fusetune._triton.dora_norm import launch_dora_norm
+
+    norm = torch.empty(lora_B.shape[0], dtype=torch.float32, device=lora_B.device)
+    if isinstance(weight, Tensor):
+        weight = weight.resolve_neg()
+        source: Any = weight if weight.stride(1) == 1 else weight.contiguous()
+    else:
+        source = _triton.packed(weight)
+    with _triton.on(norm.device):
+        a, b = _triton.adapter(lora_A), _triton.adapter(lora_B)
+        launch_dora_norm(source, a, b, scaling, norm)
+    return norm
+
+
+def _supports(case: Case) -> str | None:
+    # Dense weight and adapters may differ in dtype.
+    if case.weight is not None and case.weight not in _triton.DTYPES:
+        return f"no kernel for {case.weight}"
+    return _triton.supports(case._replace(weight=None))
+
+
+OP = Op(
+    "dora_norm",
+    Impl("triton", _triton_norm, _supports, 20),
+    Impl("reference", reference.dora_norm, lambda case: None, 0),
+)
+
+
+def _run_on(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    adapter = torch.promote_types(lora_A.dtype, lora_B.dtype)
+    dense = weight.dtype if isinstance(weight, Tensor) else None
+    norm: Tensor = OP.run(lora_A.device.type, adapter, dense)(weight, lora_A, lora_B, scaling)
+    return norm
+
+
+# --- torch.library --------------------------------------------------------------------------------
+
+
+def _run(*args: Any) -> Tensor:
+    return _run_on(unflatten(args[:ARGUMENTS]), *args[ARGUMENTS:])
+
+
+def _fake(*args: Any) -> Tensor:
+    lora_A, lora_B = args[ARGUMENTS : ARGUMENTS + 2]
+    double = torch.float64 in (lora_A.dtype, lora_B.dtype)
+    return lora_B.new_empty(lora_B.shape[0], dtype=torch.float64 if double else torch.float32)
+
+
+LIB.define(f"dora_norm({SCHEMA}, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor")
+LIB.impl("dora_norm", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("fusetune::dora_norm", _fake, lib=LIB)
+_op = torch.ops.fusetune.dora_norm.default
