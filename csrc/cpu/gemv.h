@@ -204,10 +204,14 @@ static void dot_rows(const Source& source, const GemvArgs& args, int64_t row) {
   }
 }
 
+// Of n weight rows, how many make a chunk of work: a multiple of kRowsAtOnce, and at least 16, about a microsecond.
+static inline int64_t rows_of_chunk(int64_t n) {
+  return std::max<int64_t>(16, n / (32 * num_threads()) / kRowsAtOnce * kRowsAtOnce);
+}
+
 template <int m, class Source>
 static void gemv_rows(const Source& source, const GemvArgs& args) {
-  // A multiple of kRowsAtOnce, and at least 16 rows: about a microsecond.
-  const int64_t step = std::max<int64_t>(16, args.n / (8 * num_threads()) / kRowsAtOnce * kRowsAtOnce);
+  const int64_t step = rows_of_chunk(args.n);
   parallel_chunks((args.n + step - 1) / step, [&](int64_t chunk) {
     const int64_t end = std::min((chunk + 1) * step, args.n);
     int64_t row = chunk * step;

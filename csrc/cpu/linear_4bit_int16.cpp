@@ -47,34 +47,54 @@ struct WordArgs {
   WordCodebook code;
 };
 
-template <int m, bool nested>
-void rows_of_words(const Row4bit<nested>& source, const WordArgs& x, const GemvArgs& args) {
-  const int64_t step = std::max<int64_t>(16, args.n / (8 * num_threads()));
-  parallel_chunks((args.n + step - 1) / step, [&](int64_t chunk) {
-    const WordCodebook code = x.code;
-    for (int64_t row = chunk * step; row < std::min((chunk + 1) * step, args.n); ++row) {
-      RowAbsmax<nested> state;
-      F acc[m];
-      for (F& v : acc) v = zero();
-      const int16_t* words = x.words;
-      const float* scales = x.scales;
-      const uint64_t first = static_cast<uint64_t>(row * args.k);
-      for (int64_t i = 0; i < args.k;) {
-        const int64_t end = std::min(i + source.span(), args.k);
-        source.prepare(state, row, i);
-        for (; i < end; i += kWords, words += m * kWords, scales += m) {
-          const uint64_t at = first + static_cast<uint64_t>(i);
-          prefetch_4bit<nested>(source.w, source.shift, at);
-          const F absmax = set1(state.at(source.w, at >> source.shift));
-          U w[kWordVectors];
-          decode_words(source.w.packed + at / 2, code, w);
+// y[0 .. m)[row .. row + rows)
+template <int m, int rows, bool nested>
+void dot_rows_of_words(const Row4bit<nested>& source, const WordArgs& x, const GemvArgs& args, int64_t row) {
+  RowAbsmax<nested> state[rows];
+  F acc[rows][m];
+  for (auto& of_row : acc) {
+    for (F& v : of_row) v = zero();
+  }
+  const WordCodebook code = x.code;
+  const int16_t* words = x.words;
+  const float* scales = x.scales;
+  for (int64_t i = 0; i < args.k;) {
+    const int64_t end = std::min(i + source.span(), args.k);
+    for (int r = 0; r < rows; ++r) source.prepare(state[r], row + r, i);
+#pragma GCC unroll 4
+    for (; i < end; i += kWords, words += m * kWords, scales += m) {
+      F absmax[rows];
+      U w[rows][kWordVectors];
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        const uint64_t at = static_cast<uint64_t>((row + r) * args.k + i);
+        prefetch_4bit<nested>(source.w, source.shift, at);
+        absmax[r] = set1(state[r].at(source.w, at >> source.shift));
+        decode_words(source.w.packed + at / 2, code, w[r]);
+      }
 #pragma GCC unroll 8
-          for (int s = 0; s < m; ++s)
-            acc[s] = fma(dot_words(w, words + s * kWords), mul(absmax, set1(scales[s])), acc[s]);
+      for (int s = 0; s < m; ++s) {
+        const F scale = set1(scales[s]);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+          acc[r][s] = fma(dot_words(w[r], words + s * kWords), mul(absmax[r], scale), acc[r][s]);
         }
       }
-      finish_row(args, row, acc);
     }
+  }
+  for (int r = 0; r < rows; ++r) finish_row(args, row + r, acc[r]);
+}
+
+template <int m, bool nested>
+void rows_of_words(const Row4bit<nested>& source, const WordArgs& x, const GemvArgs& args) {
+  // A single row of x is bound by memory, which is read best as one stream.
+  constexpr int kRows = m == 1 ? 1 : kRowsAtOnce;
+  const int64_t step = rows_of_chunk(args.n);
+  parallel_chunks((args.n + step - 1) / step, [&](int64_t chunk) {
+    const int64_t end = std::min((chunk + 1) * step, args.n);
+    int64_t row = chunk * step;
+    for (; row + kRows <= end; row += kRows) dot_rows_of_words<m, kRows>(source, x, args, row);
+    for (; row < end; ++row) dot_rows_of_words<m, 1>(source, x, args, row);
   });
 }
 
