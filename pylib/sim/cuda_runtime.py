@@ -198,10 +198,10 @@ class _Tensors:
         known = [t for t in list(self._known.values()) if _holds(t, address)]
         if known:
             return known
-        # type(): asking some objects for their __class__ has side effects.
-        # Subclasses (fake tensors among them) are left out: they may have no address.
+        # type(): asking some objects for their __class__ has side effects. Subclasses, fake tensors
+        # among them, are left out: they may have no address.
         everything = (t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter))
-        found = [t for t in everything if t.device.type == "cpu" and _holds(t, address)]
+        found = [t for t in everything if _is_plain(t) and _holds(t, address)]
         if found:
             self._known[_data_ptr(found[0])] = found[0]
         return found[:1]
@@ -209,6 +209,10 @@ class _Tensors:
 
 # Numbers below or above are no addresses of memory that a program has.
 _MAPPED, _HOST_END = 1 << 20, 1 << 47
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.layout is torch.strided
 
 
 def _holds(tensor: torch.Tensor, address: int) -> bool:

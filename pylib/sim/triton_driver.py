@@ -51,7 +51,7 @@ def simulated_driver(arch: int = 80) -> Iterator[Run]:
         yield run
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _program(path: str) -> Program:
     return Program(Path(path).read_text())
 

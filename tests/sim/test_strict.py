@@ -131,6 +131,8 @@ def test_every_instruction_is_tested_for_it():
         "ld.const.v3.b32 {%r0, %r1, %r2}, [%p0];",
         "mov.u32 %r0, %smid;",
         "mov.u32 %r0, nowhere;",
+        "ld.global.b32 %r0, [nowhere];",
+        "ld.shared.b32 %r0, [%tid*4];",
         "setp.lo.s32 %q0, %tid, 1;",
         "setp.ltu.s32 %q0, %tid, 1;",
         "add.u32 %r0, %tid;",

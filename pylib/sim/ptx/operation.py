@@ -204,7 +204,7 @@ class Operation:
                 return value if value.ndim else np.full(m.lanes, value)
 
             return at
-        constant = self._symbols[base] if base in self._symbols else int(base, 0)
+        constant = self._symbols[base] if base in self._symbols else self.constant(base)
         return lambda: np.full(m.lanes, constant + offset, np.int64)
 
     def constant(self, operand: str) -> int:
