@@ -58,7 +58,7 @@ NVCCFLAGS = [
     "-Icsrc",
     "-Ikernels/cuda",
 ]
-NVCCFLAGS += ["-t", "2"]  # architectures at once
+NVCCFLAGS += ["-Xfatbin=-compress-all", "-t", "2"]  # -t: architectures at once
 
 
 def find_nvcc():

@@ -36,6 +36,11 @@ inline int choose_splits(int64_t tiles, int64_t wanted, int64_t units, int64_t l
   return static_cast<int>(ceil_div(units, ceil_div(units, splits)));
 }
 
+// Of sum_splits.
+inline dim3 sum_grid(int64_t m, int64_t cols) {
+  return dim3(static_cast<unsigned>(ceil_div(cols, 1024)), static_cast<unsigned>(m));
+}
+
 // mma tiles of 8 rows a CTA takes for m rows: 2, 4 or 8.
 inline int row_tiles(int64_t m) { return m <= 16 ? 2 : m <= 32 ? 4 : 8; }
 

@@ -44,11 +44,9 @@ int run(const Call& c) {
     if (tiles == 4) launch<T>(c, linear_4bit_tile<T, 4>, grid, 128);
     if (tiles == 8) launch<T>(c, linear_4bit_tile<T, 8>, grid, 128);
   }
-  if (c.splits > 1) {
-    const int64_t threads = c.m * c.w.n / (c.w.n % 4 == 0 ? 4 : 1);
-    sum_splits<T><<<static_cast<unsigned>(ceil_div(threads, 256)), 256, 0, c.stream>>>(
-        c.workspace, c.splits, c.m, c.w.n, c.bias, static_cast<T*>(c.y));
-  }
+  if (c.splits > 1)
+    sum_splits<T><<<sum_grid(c.m, c.w.n), 256, 0, c.stream>>>(c.workspace, c.splits, c.m, c.w.n, c.bias,
+                                                               static_cast<T*>(c.y));
   return cudaGetLastError();
 }
 

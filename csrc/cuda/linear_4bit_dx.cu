@@ -39,10 +39,9 @@ int run(const Call& c) {
   if (tiles == 2) launch<T, 2>(c);
   if (tiles == 4) launch<T, 4>(c);
   if (tiles == 8) launch<T, 8>(c);
-  if (c.splits > 1) {  // k is a multiple of 4
-    sum_splits<T><<<static_cast<unsigned>(ceil_div(c.m * c.w.k / 4, 256)), 256, 0, c.stream>>>(
-        c.workspace, c.splits, c.m, c.w.k, nullptr, static_cast<T*>(c.dx));
-  }
+  if (c.splits > 1)
+    sum_splits<T><<<sum_grid(c.m, c.w.k), 256, 0, c.stream>>>(c.workspace, c.splits, c.m, c.w.k, nullptr,
+                                                               static_cast<T*>(c.dx));
   return cudaGetLastError();
 }
 

@@ -96,35 +96,30 @@ __device__ __forceinline__ void add_low_rank(float (&acc)[MT][NT][4], int rank, 
 }
 
 // Sums the parts of a split matmul in their order and finishes as Output does.
-// Bytes: 4 splits m cols read, 2 m cols written. One thread four elements (one where cols is not a multiple of 4).
+// Bytes: 4 splits m cols read, 2 m cols written. A CTA takes 1024 columns of row blockIdx.y, a thread four neighbouring
+// ones.
 template <class T>
 __global__ void __launch_bounds__(256)
     sum_splits(const float* __restrict__ partial, int splits, int m, int64_t cols, const float* __restrict__ bias,
                T* __restrict__ out) {
-  const int64_t count = m * cols;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t col = 4 * (int64_t{blockIdx.x} * blockDim.x + threadIdx.x);
+  const int64_t first = blockIdx.y * cols + col, part = m * cols;
+  if (col >= cols) return;
+  float sum[4] = {};
   if (cols % 4 == 0) {
-    const int64_t i = 4 * thread;
-    if (i >= count) return;
-    float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 4
     for (int split = 0; split < splits; ++split) {
-      const float4 v = *reinterpret_cast<const float4*>(partial + split * count + i);
-      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+      const float4 v = *reinterpret_cast<const float4*>(partial + split * part + first);
+      sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
     }
-    if (bias) {
-      const float4 b = __ldg(reinterpret_cast<const float4*>(bias + i % cols));
-      sum.x += b.x, sum.y += b.y, sum.z += b.z, sum.w += b.w;
+  } else {
+    for (int split = 0; split < splits; ++split) {
+      for (int c = 0; c < 4; ++c)
+        if (col + c < cols) sum[c] += partial[split * part + first + c];
     }
-    *reinterpret_cast<uint2*>(out + i) = make_uint2(pack<T>(sum.x, sum.y), pack<T>(sum.z, sum.w));
-    return;
   }
-  if (thread >= count) return;
-  float sum = 0;
-#pragma unroll 4
-  for (int split = 0; split < splits; ++split) sum += partial[split * count + thread];
-  if (bias) sum += __ldg(bias + thread % cols);
-  out[thread] = rounded<T>(sum);
+  const Output<T> output{out, nullptr, bias, m, cols};
+  output.store(sum, blockIdx.y, col, 0);
 }
 
 }  // namespace fusetune

@@ -40,9 +40,9 @@ def _load() -> tuple[Any, str | None]:
         module = importlib.import_module("fusetune._cuda")
     except ImportError as error:
         return None, f"the CUDA kernels are not built (that takes nvcc): {error}"
-    count, error = module.device_count()
-    if error:
-        return None, f"CUDA finds no device: {module.error_string(error)}"
+    count, code = module.device_count()
+    if code:
+        return None, f"CUDA finds no device: {module.error_string(code)}"
     return (module, None) if count else (None, "CUDA finds no device")
 
 
