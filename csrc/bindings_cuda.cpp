@@ -60,6 +60,8 @@ PYBIND11_MODULE(_cuda, m) {
   }, "(devices that can be used, error code).");
   m.def("error_string", &fusetune_error_string);
   m.def("capability", &fusetune_capability, "10 major + minor of the current device.");
+  m.def("has_code", [](int capability) { return fusetune_has_code(capability) != 0; }, py::arg("capability"),
+        "Whether this build has code for devices of that capability.");
   m.def("linear_4bit_splits", &fusetune_linear_4bit_splits, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"));
   m.def("linear_4bit_dx_splits", &fusetune_linear_4bit_dx_splits, py::arg("m"), py::arg("n"), py::arg("k"));
   m.def("linear_4bit",

@@ -44,6 +44,8 @@ int fusetune_device_count(int* error);
 const char* fusetune_error_string(int error);
 // Ten times the major plus the minor compute capability of the current device.
 int fusetune_capability();
+// Whether this build has code for devices of that capability: 1 or 0.
+int fusetune_has_code(int capability);
 
 // Into how many parts the inner dimension of linear_4bit, and of linear_4bit_dx, is best split on the current device.
 // More than one needs a workspace of splits * m * n (dx: k) fp32 numbers, aligned to 16 bytes.

@@ -70,7 +70,7 @@ extern "C" int fusetune_linear_4bit_splits(int64_t m, int64_t n, int64_t k, int 
   // Few rows: a CTA's eight warps share its columns' chunks already.
   if (m <= 8) return choose_splits(ceil_div(n, 16), multiprocessors() / 2, chunks, 16);
   const int64_t tiles = ceil_div(n, 128) * ceil_div(m, 8 * row_tiles(m));
-  return choose_splits(tiles, 2 * multiprocessors(), chunks, 4);
+  return choose_splits(tiles, 2 * multiprocessors(), chunks, 2);
 }
 
 extern "C" int fusetune_linear_4bit(const void* x, int64_t x_pitch, int dtype, int64_t m,

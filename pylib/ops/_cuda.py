@@ -66,7 +66,7 @@ def supports(case: Case) -> str | None:
         return f"no kernel for {case.dtype}"
     if case.weight is not None:
         return "the weight is dense"
-    return reason()
+    return reason() or _no_code(_capability())
 
 
 def reads(weight: QuantizedWeight) -> str | None:
@@ -102,9 +102,10 @@ def refuses(
         return f"the packed weight is not aligned to {_ALIGNMENT} bytes"
     if (why := reason()) is not None:
         return why
-    if dtype == torch.bfloat16 and _capability(weight.device) < 80:
+    capability = _capability(weight.device)
+    if dtype == torch.bfloat16 and capability < 80:
         return "this GPU's tensor cores do not take torch.bfloat16"
-    return None
+    return _no_code(capability)
 
 
 @cache
@@ -113,11 +114,18 @@ def _capability_of(index: int) -> int:
     return 10 * major + minor
 
 
-def _capability(device: torch.device) -> int:
-    if device.type == "cuda":
+def _capability(device: torch.device | None = None) -> int:
+    """Ten times the major plus the minor capability of a device; None: of the current one."""
+    if device is not None and device.type == "cuda":
         return _capability_of(device.index)
     capability: int = _module().capability()
     return capability
+
+
+def _no_code(capability: int) -> str | None:
+    if _module().has_code(capability):
+        return None
+    return f"the CUDA kernels are not built for sm_{capability}"
 
 
 # --- the kernels ----------------------------------------------------------------------------------

@@ -203,6 +203,19 @@ def test_refuses_weights_that_it_cannot_read(arch):
     assert "power of two" in _cuda.refuses(1, 8, 64, torch.float16, odd)
 
 
+def test_refuses_architectures_that_it_is_not_built_for(run, monkeypatch):
+    w, has_code = _quantized((8, 64)), _cuda.MODULE.has_code
+    older, same = run.arch - run.arch % 10 - 10, run.arch - run.arch % 10 + 9
+    assert has_code(same)
+    assert has_code(130)  # PTX
+    assert not has_code(older)
+    assert not has_code(run.arch - 1)
+    monkeypatch.setattr(_cuda, "_capability", lambda device=None: older)
+    assert f"not built for sm_{older}" in _cuda.refuses(1, 8, 64, torch.float16, w)
+    with pytest.raises(ValueError, match=f"not built for sm_{older}"):
+        ops.dequantize_4bit(w)
+
+
 def test_without_a_device_it_says_why():
     """On a machine with neither a GPU nor a simulation the backend is off, with a reason."""
     if torch.cuda.is_available():
