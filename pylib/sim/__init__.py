@@ -5,8 +5,13 @@
     run.launches[0].counts.global_load_sectors
 
 Out-of-bounds and misaligned accesses, shared-memory races, reads of what was never written and
-barriers that cannot open raise a `SimError`; memory traffic is counted exactly. Time is not
-modelled.
+barriers that cannot open raise a `SimError`, and so does every instruction or modifier that is not
+known; memory traffic is counted exactly.
+
+Not modelled: time; wgmma, tcgen05, TMA and mbarrier (kernels that use them on sm_90 and sm_100 run
+here in their sm_80 build); races between CTAs, and between the threads of one warp that follow one
+another; the order in which tensor cores add. CTAs run in lockstep: one that spins until another
+has got on never ends.
 """
 
 from fusetune.sim.counts import Counts

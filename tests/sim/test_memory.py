@@ -5,7 +5,7 @@ import pytest
 import torch
 from ptx_kernels import run
 
-from fusetune.sim import OutOfBounds, SimError, Uninitialised
+from fusetune.sim import OutOfBounds, Race, SimError, Uninitialised
 from fusetune.sim.ptx import Program
 
 HEADER = ".version 8.7\n.target sm_80\n.address_size 64\n"
@@ -284,6 +284,19 @@ def test_wrong_launches():
         program.launch("k", (1, 1, 1), (1025, 1, 1), [1])
     with pytest.raises(SimError, match="8 bytes"):
         program.launch("k", (1, 1, 1), (32, 1, 1), [b"12345678"])
+
+
+def test_threads_that_disagree_about_a_place():
+    out = np.zeros(32, np.uint32)
+    body = "and.b32 %r1, %tid, {}; shr.u32 %r2, %tid, 1; mad.wide.u32 %d0, %r1, 4, %p0;"
+    run(body.format(31) + "st.global.b32 [%d0], %tid;", out)
+    run(body.format(30) + "st.global.b32 [%d0], %r2;", out)  # pairs store the same
+    with pytest.raises(Race, match="different values to one place"):
+        run(body.format(30) + "st.global.b32 [%d0], %tid;", out)
+    shared = ".shared .align 4 .b32 s[32]; mov.u32 %r3, s; mad.lo.u32 %r3, %r1, 4, %r3;"
+    run(body.format(30) + shared + "st.shared.b32 [%r3], %r2;", out)
+    with pytest.raises(Race, match="different values to one place"):
+        run(body.format(30) + shared + "st.shared.b32 [%r3], %tid;", out)
 
 
 ATOMICS = {

@@ -13,12 +13,12 @@ import numpy as np
 
 from fusetune.sim.counts import Counts
 from fusetune.sim.errors import Deadlock, Divergence, SimError, Uninitialised
+from fusetune.sim.ptx.cp_async import Copies
 from fusetune.sim.ptx.fault import Fault, NotConverged
 from fusetune.sim.ptx.memory import GlobalMemory, LocalMemory, SharedMemory
 from fusetune.sim.ptx.types import DTYPES, Array, Value
 
 if TYPE_CHECKING:
-    from fusetune.sim.ptx.cp_async import Copies
     from fusetune.sim.ptx.syntax import Instruction
 
 WARP = 32
@@ -90,7 +90,7 @@ class Machine:
         self._epoch = np.ones(len(ctas), np.int32)
         self._new_epoch(np.zeros(len(ctas), np.bool_))
         self.decoded: dict[Any, Any] = {}  # operands of mma that were decoded in this block
-        self.copies: Copies = self._no_copies()
+        self.copies = Copies(self)
         self._live: Array | None = None if threads == per else self.thread < threads
         self._pc: int | None = 0  # of all live threads; None: they differ, see _pcs
         self._pcs = np.zeros(lanes, np.int32)
@@ -99,12 +99,8 @@ class Machine:
         self._executed: dict[tuple[int, int], int] = {}
         self._set_mask(self._live)
         for register, dtype in self._arbitrary:  # something that does not go unnoticed
-            self.regs[register] = np.frombuffer(b"\xff" * dtype.itemsize, dtype)[0]
-
-    def _no_copies(self) -> Copies:
-        from fusetune.sim.ptx.cp_async import Copies
-
-        return Copies(self)
+            ones = b"\x01" if dtype == np.bool_ else b"\xff" * dtype.itemsize
+            self.regs[register] = np.frombuffer(ones, dtype)[0]
 
     def _new_epoch(self, opened: Array) -> None:
         self._epoch += opened
@@ -153,7 +149,7 @@ class Machine:
     def put(self, register: int, value: Value) -> None:
         """Writes a register in the threads of the mask."""
         mask = self.mask
-        if mask is None:
+        if mask is None or mask is self._live:  # nobody reads what exited threads have
             self.regs[register] = value
             if register in self._partly:
                 del self._partly[register]

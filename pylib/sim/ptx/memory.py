@@ -14,7 +14,7 @@ import numpy as np
 from fusetune.sim.errors import OutOfBounds, Race, SimError, Uninitialised
 from fusetune.sim.ptx import traffic
 from fusetune.sim.ptx.fault import Fault
-from fusetune.sim.ptx.types import Array, Value
+from fusetune.sim.ptx.types import UNSIGNED, Array, Value
 
 if TYPE_CHECKING:
     from fusetune.sim.ptx.machine import Machine
@@ -75,6 +75,24 @@ def scatter(memory: Array, at: Array, values: list[Value], mask: Array | None) -
     first = at // dtype.itemsize
     for i, value in enumerate(values):
         memory.view(dtype)[first + i] = value
+
+
+def held(m: Machine, memory: Array, at: Array, values: list[Value]) -> Array:
+    """For each thread, whether its values are what memory holds."""
+    bits = UNSIGNED[values[0].dtype.itemsize]
+    same = np.ones(m.lanes, np.bool_)
+    for value, found in zip(values, gather(memory, at, bits, len(values)), strict=True):
+        same &= np.broadcast_to(value, m.lanes).view(bits) == found
+    return same
+
+
+def require_agreement(m: Machine, memory: Array, at: Array, values: list[Value]) -> None:
+    """After a store: threads that have stored to one place must have stored the same."""
+    same = held(m, memory, at, values)
+    if m.mask is not None:
+        same |= ~m.mask
+    if not same.all():
+        raise Fault(Race, "threads store different values to one place", int(same.argmin()))
 
 
 @dataclass(frozen=True)
@@ -145,6 +163,8 @@ class GlobalMemory:
         m.counts.global_store_sectors += sectors
         m.counts.global_store_bytes += m.active * size
         scatter(HOST, address - _PAGE, values, m.mask)
+        if m.check:
+            require_agreement(m, HOST, address - _PAGE, values)
 
     def atomic(self, m: Machine, address: Array, size: int) -> tuple[Array, Array]:
         """(memory, byte offsets in it) for a read-modify-write."""
@@ -232,6 +252,8 @@ class SharedMemory:
         m.counts.shared_store_wavefronts += waves
         self.note_store(m, at, size, values)
         scatter(self._data, at, values, m.mask)
+        if self.check:
+            require_agreement(m, self._data, at, values)
 
     def atomic(self, m: Machine, address: Array, size: int) -> tuple[Array, Array]:
         """(memory, byte offsets in it). To others it is as a load: atomics do not race with one
@@ -312,23 +334,15 @@ class SharedMemory:
         self._raise_race(m, lanes, self._conflict(m, self._reader, lanes, places), "store")
         earlier = self._conflict(m, self._writer, lanes, places)
         if values is not None and earlier.any():
-            earlier &= ~self._holds(m, at, values)[lanes]
+            earlier &= ~held(m, self._data, at, values)[lanes]
         self._raise_race(m, lanes, earlier, "store")
         tag = m.tag[lanes]
         self._writer[places] = tag
         together = self._writer[places] != tag
         if values is not None and together.any():
             scatter(self._data, at, values, m.mask)
-            together &= ~self._holds(m, at, values)[lanes]
+            together &= ~held(m, self._data, at, values)[lanes]
         self._raise_race(m, lanes, together, "store")
-
-    def _holds(self, m: Machine, at: Array, values: list[Value]) -> Array:
-        """For each thread, whether its values are what memory holds already."""
-        bits = np.dtype(f"u{values[0].dtype.itemsize}")
-        same = np.ones(m.lanes, np.bool_)
-        for value, held in zip(values, gather(self._data, at, bits, len(values)), strict=True):
-            same &= np.broadcast_to(value, m.lanes).view(bits) == held
-        return same
 
     def _mark(self, at: Array, size: int, state: np.uint8) -> None:
         word = min(size, 8)

@@ -18,7 +18,7 @@ from fusetune.sim.ptx.operation import CARRY, Operation
 from fusetune.sim.ptx.syntax import Instruction, Kernel, Module, Variable, parse
 from fusetune.sim.ptx.types import DTYPES
 
-_BATCH = 4096  # threads that run at once: more are faster until they leave the caches
+_BATCH = 8192  # threads that run at once: more are faster until they leave the caches
 
 
 class Program:
