@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fusetune import _native, ops
-from fusetune.ops import _cuda
+from fusetune.ops import _cuda, _triton
 
 _PACKAGES = ("fusetune", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton")
 # Those of /proc/cpuinfo that kernels, ours or torch's, are chosen by.
@@ -40,10 +40,12 @@ def information() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **_versions()},
         "cpu": _cpu(),
         "native": _native_module(),
-        "cuda": {"available": _cuda.reason() is None, "reason": _cuda.reason()},
+        "triton": _availability(_triton.reason()),
+        "cuda": _availability(_cuda.reason()),
         "backend": ops.backend(),
         "backends": backends("cpu"),
         "gpus": _gpus(),
+        "gpu_backends": backends("cuda") if _gpus() else {},
     }
 
 
@@ -70,26 +72,35 @@ def describe() -> str:
     """`information()` as text for people."""
     info = information()
     cpu, native = info["cpu"], info["native"]
-    lines = [f"{name:<14}{version}" for name, version in info["versions"].items()]
+    lines = [f"{name:<16}{version}" for name, version in info["versions"].items()]
     lines += [
         "",
-        f"{'CPU':<14}{cpu['name']} ({cpu['machine']}), {cpu['threads']} threads in torch's pool",
-        f"{'features':<14}{' '.join(cpu['features']) or 'none known'}",
+        f"{'CPU':<16}{cpu['name']} ({cpu['machine']}), {cpu['threads']} threads in torch's pool",
+        f"{'features':<16}{' '.join(cpu['features']) or 'none known'}",
     ]
     if native["available"]:
         lines.append(
-            f"{'kernels':<14}{native['isa']} (available: {', '.join(native['isas'])}), "
+            f"{'CPU kernels':<16}{native['isa']} (available: {', '.join(native['isas'])}), "
             f"thread pool: {native['pool']}"
         )
     else:
-        lines.append(f"{'kernels':<14}none: {native['reason']}")
-    lines.append(f"{'CUDA kernels':<14}{info['cuda']['reason'] or 'available'}")
-    lines.append(f"{'GPUs':<14}{', '.join(info['gpus']) or 'none that torch can use'}")
+        lines.append(f"{'CPU kernels':<16}none: {native['reason']}")
+    for label, key in (("Triton", "triton"), ("CUDA", "cuda")):
+        lines.append(f"{label + ' kernels':<16}{info[key]['reason'] or 'available'}")
+    lines.append(f"{'GPUs':<16}{', '.join(info['gpus']) or 'none that torch can use'}")
     lines += ["", f"backend {info['backend']!r}; on CPU tensors:"]
-    for name, entry in info["backends"].items():
+    lines += _choices(info["backends"])
+    if info["gpu_backends"]:
+        lines += ["on a GPU's tensors:", *_choices(info["gpu_backends"])]
+    return "\n".join(lines)
+
+
+def _choices(table: dict[str, dict[str, Any]]) -> list[str]:
+    lines = []
+    for name, entry in table.items():
         reasons = "; ".join(f"not {impl}: {why}" for impl, why in entry["not"].items())
         lines.append(f"  {name:<24}{entry['chosen'] or '-':<12}{reasons}".rstrip())
-    return "\n".join(lines)
+    return lines
 
 
 def _versions() -> dict[str, str]:
@@ -135,10 +146,18 @@ def _native_module() -> dict[str, Any]:
     }
 
 
+def _availability(reason: str | None) -> dict[str, Any]:
+    return {"available": reason is None, "reason": reason}
+
+
 def _gpus() -> list[str]:
     if not torch.cuda.is_available():
         return []
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    names = []
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        names.append(f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+    return names
 
 
 if __name__ == "__main__":

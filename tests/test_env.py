@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from backends import simulated
 
 from fusetune import _native, env, ops
-from fusetune.ops import _cuda
+from fusetune.ops import _cuda, _triton
 
 
 def run(code, **variables):
@@ -28,7 +29,9 @@ def test_information_is_plain_and_complete():
     assert info["versions"]["torch"] == torch.__version__
     assert info["native"]["isa"] == _native.C.isa()
     assert info["backends"].keys() == ops.OPS.keys()
-    assert {entry["chosen"] for entry in info["backends"].values()} == {"cpu"}
+    chosen = {name: entry["chosen"] for name, entry in info["backends"].items()}
+    assert chosen.pop("dora_norm") == "reference"  # it has kernels for GPUs only
+    assert set(chosen.values()) == {"cpu"}
     assert info["cpu"]["threads"] == torch.get_num_threads()
 
 
@@ -45,16 +48,23 @@ def test_description_names_backends_and_reasons():
     assert reasons["cpu"] == "the tensors are on cuda"
 
 
-def test_description_says_why_there_are_no_cuda_kernels():
-    """Without a driver the module still loads and says what is missing."""
-    why = _cuda.reason()
-    if torch.cuda.is_available():
-        assert why is None
-        return
-    assert why is not None
-    assert why in env.describe()
-    assert env.information()["cuda"] == {"available": False, "reason": why}
-    assert env.backends("cuda")["linear_4bit"]["not"]["cuda"] == why
+@pytest.mark.parametrize(("backend", "module"), [("triton", _triton), ("cuda", _cuda)])
+def test_description_says_why_there_are_no_gpu_kernels(backend, module):
+    """Without a driver the modules still load and say what is missing."""
+    why = module.reason()
+    information = env.information()
+    assert information[backend] == {"available": why is None, "reason": why}
+    (line,) = [t for t in env.describe().splitlines() if t.lower().startswith(f"{backend} kernels")]
+    assert line.endswith(why or "available")
+    if not torch.cuda.is_available():
+        assert why is not None
+        assert env.backends("cuda")["linear_4bit"]["not"][backend] == why
+        assert information["gpu_backends"] == {}
+
+
+def test_a_simulated_gpu_is_available():
+    with simulated("triton-sim"):
+        assert env.information()["triton"] == {"available": True, "reason": None}
 
 
 def test_the_choice_is_explained():

@@ -20,7 +20,8 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -260,7 +261,23 @@ def _key(what: str, rows: Tensor, m: int, n: int, k: int, tail: Tail | None, mas
     return f"{name}: {what} M {rows_up} N {n} K {k} r {rank} {dtype}{' dropout' if masked else ''}"
 
 
+_forced: str | None = None
+
+
+@contextmanager
+def use_way(name: str) -> Iterator[None]:
+    """Takes one way wherever it is to be had, for the length of a with block."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
 def _choose(key: str, rows: Tensor, ways: Ways) -> Callable[[], Tensor]:
+    if _forced in ways:
+        return ways[_forced]
     if len(ways) == 1:
         return next(iter(ways.values()))
     measured = _measured()
