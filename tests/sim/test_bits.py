@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ptx_kernels import calculate, integers
 
@@ -74,7 +74,11 @@ def field(value, at, length, bits, signed):
     return result
 
 
+EDGES = (0, 1, 24, 31, 32, 33, 40, 63, 64, 80, 255)
+
+
 @given(st.lists(st.tuples(st.integers(0, (1 << 64) - 1), AMOUNT, AMOUNT), min_size=1, max_size=40))
+@example([(0x8765432187654321, at, length) for at in EDGES for length in EDGES])
 @settings(max_examples=20, deadline=None)
 def test_bfe(rows):
     for kind in ("u32", "s32", "u64", "s64"):
@@ -87,6 +91,7 @@ def test_bfe(rows):
 
 
 @given(st.lists(st.tuples(WORD, WORD, AMOUNT, AMOUNT), min_size=1, max_size=40))
+@example([(0x87654321, 0x12345678, at, length) for at in EDGES for length in EDGES])
 @settings(max_examples=20, deadline=None)
 def test_bfi(rows):
     operands = words(rows, "u32", "u32", "u32", "u32")

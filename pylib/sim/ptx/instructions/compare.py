@@ -59,7 +59,7 @@ def setp(x: Operation) -> Step:
     kind = x.modifiers.last_type(_INTEGERS | _FLOATS)
     compare = _comparison(x, kind)
     combined = x.modifiers.one_of(*_COMBINE)
-    flushing = x.modifiers.flag("ftz") and kind == "f32"
+    flushing = kind == "f32" and x.modifiers.flag("ftz")
     targets, a, b, *condition = x.operands(4 if combined else 3)
     first, second = x.pair(targets)
     read_a, read_b = read_numbers(x, a, kind), read_numbers(x, b, kind)

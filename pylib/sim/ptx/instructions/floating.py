@@ -89,7 +89,7 @@ def arithmetic(x: Operation) -> Step:
     if name in ("add", "sub", "fma") and kind in ("f16", "bf16") and x.modifiers.flag("f32"):
         narrow, kind = kind, "f32"
     x.modifiers.ignore("rn")  # other roundings remain, and raise
-    flushing = x.modifiers.flag("ftz") and kind == "f32"
+    flushing = kind == "f32" and x.modifiers.flag("ftz")
     saturating = x.modifiers.flag("sat")
     if name in ("fma", "mad"):
         function = _fma(kind, relu=x.modifiers.flag("relu"))

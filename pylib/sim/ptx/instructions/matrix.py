@@ -95,8 +95,6 @@ def mma(x: Operation) -> Step:
     x.modifiers.ignore("row", "col")
     x.modifiers.ignore("kind::f8f6f4")
     integral = a_type in ("s8", "u8")
-    if integral:
-        x.modifiers.ignore("satfinite")
     k = int(x.modifiers.required(*(f"m16n8k{k}" for k in _SHAPES[a_type]))[6:])
     if d_type != c_type or integral != (c_type == "s32") or (a_type != b_type and not integral):
         raise UnknownInstruction("types of mma")
