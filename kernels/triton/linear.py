@@ -37,15 +37,15 @@ class Tiles(NamedTuple):
 # 99 and 227 kB, no spilled registers, wgmma's 64 rows a warp group on sm_90.
 _TABLE = {
     80: Tiles(128, 128, 64, 8, 3),
-    86: Tiles(128, 128, 32, 8, 3),
-    89: Tiles(128, 128, 32, 8, 3),
+    86: Tiles(128, 128, 64, 8, 3),
+    89: Tiles(128, 128, 64, 8, 3),
     90: Tiles(128, 256, 64, 8, 3),
     100: Tiles(128, 256, 64, 8, 3),
-    120: Tiles(128, 128, 32, 8, 3),
+    120: Tiles(128, 128, 64, 8, 3),
 }
 _MASKED = {90: Tiles(128, 128, 64, 8, 3), 100: Tiles(128, 128, 64, 8, 3)}  # with dropout
 _SMALL = Tiles(32, 64, 64, 4, 3)
-_FP32 = Tiles(64, 64, 16, 8, 2)
+_FP32 = Tiles(64, 64, 16, 4, 2)
 
 
 def tiles(arch: int, m: int, dtype: torch.dtype, quads: bool | None = None) -> Tiles:

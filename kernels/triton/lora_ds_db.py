@@ -113,9 +113,10 @@ def launch_lora_ds_db(
     # tile in flight, keep memory busy where a product is of one term and so needs little else.
     programs = PROGRAMS // 2 if n_terms == 1 else PROGRAMS
     parts, steps = splits(blocks, triton.cdiv(m, rows), programs)
-    fp32 = {"dtype": torch.float32, "device": dy.device}
-    ds_parts = torch.empty(blocks, m, r, **fp32)
-    db_parts = ds_parts if db is None else torch.empty(parts, n, r, **fp32)
+    ds_parts = torch.empty(blocks, m, r, dtype=torch.float32, device=dy.device)
+    db_parts = ds_parts
+    if db is not None:
+        db_parts = torch.empty(parts, n, r, dtype=torch.float32, device=dy.device)
     _ds_db[(blocks, parts)](
         dy,
         lora_B,

@@ -143,11 +143,12 @@ def _tiles(x: torch.dtype, count: int, ranks: int, terms: int, quads: bool | Non
     the generator's state, decide COLS: no architecture spills registers.
     """
     if x == torch.float32:
-        return [32, 32, 4, 2]
+        return [32, 32, 4 if ranks * count <= 64 else 8, 2]
     most = 128 if quads is None else 64 if quads else 32 if count == 1 else 16
     fits = 4096 // (ranks * terms * (2 if x == torch.float16 else 1))
     cols = min(most, max(32, 1 << fits.bit_length() - 1))
-    return [64, cols, 8 if ranks * count >= 256 else 4, 3]
+    few = ranks * count <= (128 if quads is None and terms == 1 else 32)
+    return [64, cols, 4 if few or (count > 1 and ranks <= 16) else 8, 3]
 
 
 def launch_lora_shrink(
