@@ -256,6 +256,10 @@ def test_registers_that_were_never_written():
     run("setp.ne.u32 %q0, %tid, 3; @%q0 mov.b32 %r5, 1; @!%q0 mov.b32 %r5, 2; add.u32 %r0, %r5, 1;")
 
 
+def test_a_register_that_is_written_in_the_end():
+    run("setp.ne.u32 %q0, %tid, 3; @%q0 mov.b32 %r5, 1; mov.b32 %r5, 2; add.u32 %r0, %r5, 1;")
+
+
 def test_moving_an_unwritten_register_is_no_use_of_it():
     run(
         "setp.ne.u32 %q0, %tid, 3; @%q0 mov.b32 %r5, 1; mov.b32 %r6, %r5; @%q0 add.u32 %r0, %r6, 1;"

@@ -63,6 +63,18 @@ def test_both_warps_may_read_the_same():
     two_warps(body.format("bar.sync 0;"))
 
 
+@pytest.mark.parametrize("writer", ["%q1", "%q2"])
+def test_readers_one_after_the_other_are_all_remembered(writer):
+    body = """
+    setp.eq.u32 %q0, %tid, 0; @%q0 st.shared.b32 [s], %tid; bar.sync 0;
+    setp.lt.u32 %q1, %tid, 32; @%q1 ld.shared.b32 %r3, [s];
+    not.pred %q2, %q1; @%q2 ld.shared.b32 %r3, [s]; BARRIER WRITER st.shared.b32 [s], 1;
+    """.replace("WRITER", f"@{writer}")
+    with pytest.raises(Race):  # whichever warp writes, the other has read
+        two_warps(body.replace("BARRIER", ""))
+    two_warps(body.replace("BARRIER", "bar.sync 0;"))
+
+
 def test_neighbouring_halves_of_a_word_are_different_places():
     two_warps("mad.lo.u32 %r3, %tid, 2, %r0; mov.b16 %h0, 1; st.shared.b16 [%r3], %h0;")
     # Warps write alternate halfwords of the same words.

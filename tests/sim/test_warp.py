@@ -75,6 +75,17 @@ def test_vote():
         assert exchanged(everyone.format(mode)).all()
 
 
+def test_vote_of_some_threads():
+    half = "mov.b32 %r1, 7; setp.ge.u32 %q0, %lane, 16; @%q0 bra END; setp.lt.u32 %q2, %lane, {};"
+    for mode, limit, expected in (("all", 16, 1), ("all", 15, 0), ("any", 0, 0), ("any", 1, 1)):
+        out = exchanged(
+            half.format(limit)
+            + f"vote.sync.{mode}.pred %q1, %q2, 0xFFFF; selp.b32 %r1, 1, 0, %q1; END:"
+        ).reshape(2, 32)
+        assert (out[:, :16] == expected).all()
+        assert (out[:, 16:] == 7).all()
+
+
 def test_match():
     small = VALUES.reshape(2, 32) % 5
     out = exchanged("rem.u32 %r5, %r0, 5; match.any.sync.b32 %r1, %r5, -1;")

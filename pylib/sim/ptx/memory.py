@@ -338,11 +338,8 @@ class SharedMemory:
         self._raise_race(m, lanes, earlier, "store")
         tag = m.tag[lanes]
         self._writer[places] = tag
-        together = self._writer[places] != tag
-        if values is not None and together.any():
-            scatter(self._data, at, values, m.mask)
-            together &= ~held(m, self._data, at, values)[lanes]
-        self._raise_race(m, lanes, together, "store")
+        if values is None:  # else whether they agree is seen when they are stored
+            self._raise_race(m, lanes, self._writer[places] != tag, "store")
 
     def _mark(self, at: Array, size: int, state: np.uint8) -> None:
         word = min(size, 8)
