@@ -1,0 +1,221 @@
+"""How fast the GPU kernels can be at best, predicted from what they do; nothing here is measured.
+
+    python -m benchmarks.bound                   every launch on every card, and the sums
+    python -m benchmarks.bound --markdown        the README's tables
+    python -m benchmarks.bound --json PATH       the numbers: benchmarks/results/predicted.json
+
+One linear layer, 4096 x 4096 in NF4 with nested statistics, r = 16, 16-bit activations and adapter.
+A launch takes at least as long as each resource it uses: memory, tensor cores, fp32 units, L1,
+shared memory, shuffles, special functions, issue slots. The longest is its bound; a pass is the sum
+of its launches. Left out: latencies, gaps between launches, what the L2 cache keeps from one launch
+to the next, clocks below the data sheet's. PTX instructions stand for the machine's; counts of
+kernels with matrix products are those of sm_80's instructions, so that on H100 and B200 shared
+memory and issue slots are left out for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tabulate import tabulate
+
+from benchmarks import cards
+from benchmarks.cards import CARDS, Card
+from benchmarks.gpu_kernels import DROPOUT, RANK, weight
+from benchmarks.ledgers import SCHEMES, Layer
+from benchmarks.recorder import Work, recorded
+from fusetune import ops
+
+SIZE = 4096
+ROWS = 4096
+FEW_ROWS = (1, 16, 64, 256)
+
+
+class Bound(NamedTuple):
+    """A launch on a card: bytes, and seconds by resource."""
+
+    name: str
+    memory: int
+    seconds: dict[str, float]
+
+    @property
+    def resource(self) -> str:
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def time(self) -> float:
+        return self.seconds[self.resource]
+
+
+def bound(work: Work, card: Card) -> Bound:
+    """The least time of one launch by each resource."""
+    seconds = {
+        "memory": work.memory / card.memory,
+        "tensor cores": work.tensor_flops / card.tensor,
+        "fp32 units": work.fp32_flops / card.fp32,
+        "L1": work.sectors / card.per_clock(cards.L1_SECTORS),
+        "shuffles": work.shuffles / card.per_clock(cards.SHUFFLES),
+        "special functions": work.special / card.per_clock(cards.SPECIAL),
+    }
+    if work.anywhere or card.arch not in (90, 100):
+        seconds["shared memory"] = work.wavefronts / card.per_clock(cards.WAVEFRONTS)
+        seconds["issue slots"] = work.instructions / card.per_clock(cards.ISSUE)
+    return Bound(work.name, work.memory, seconds)
+
+
+def step(card: Card, rows: int, dropout_p: float = 0.0, size: int = SIZE) -> list[Bound]:
+    """lora_linear over a 4-bit weight, forward and backward."""
+    like: dict[str, Any] = {"dtype": card.dtype}
+    w = weight(size, size)
+    x, a, b = (torch.empty(shape, **like) for shape in ((rows, size), (RANK, size), (size, RANK)))
+    dy = torch.empty(rows, size, **like)
+    with recorded(card) as works:
+        leaves = [t.requires_grad_() for t in (x, a, b)]
+        y = ops.lora_linear(leaves[0], w, leaves[1], leaves[2], scaling=2.0, dropout_p=dropout_p)
+        y.backward(dy)
+    return [bound(work, card) for work in works]
+
+
+def linear(card: Card, rows: int, size: int = SIZE) -> list[Bound]:
+    """linear_4bit, forward and dX."""
+    x = torch.empty(rows, size, dtype=card.dtype).requires_grad_()
+    dy = torch.empty(rows, size, dtype=card.dtype)
+    w = weight(size, size)
+    with recorded(card) as works:
+        ops.linear_4bit(x, w).backward(dy)
+    return [bound(work, card) for work in works]
+
+
+def ledger(scheme: str, card: Card, dropout: bool, layer: Layer) -> tuple[int, float]:
+    """(bytes, seconds) of a scheme's operators, each bound by memory or tensor cores only."""
+    operators = SCHEMES[scheme](layer, dropout)
+    times = (max(o.bytes / card.memory, o.flops / card.tensor) for o in operators)
+    return sum(o.bytes for o in operators), sum(times)
+
+
+def total(bounds: Iterable[Bound]) -> tuple[int, float]:
+    """(bytes, seconds) of all."""
+    bounds = list(bounds)
+    return sum(b.memory for b in bounds), sum(b.time for b in bounds)
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def predict(chosen: Iterable[Card]) -> dict[str, Any]:
+    """Everything, as it is written to a file."""
+    result: dict[str, Any] = {}
+    layer = Layer(ROWS, SIZE, SIZE, RANK)
+    for card in chosen:
+        passes: dict[str, Any] = {}
+        for p in (0.0, DROPOUT):
+            print(f"{card.name}: M {ROWS}, dropout {p}", file=sys.stderr)
+            passes[f"M {ROWS}, dropout {p}"] = {
+                "launches": [_launch(b) for b in step(card, ROWS, p)],
+                "others": {
+                    name: dict(
+                        zip(("bytes", "seconds"), ledger(name, card, p > 0, layer), strict=True)
+                    )
+                    for name in SCHEMES
+                },
+            }
+        for rows in FEW_ROWS:
+            print(f"{card.name}: M {rows}", file=sys.stderr)
+            passes[f"M {rows}"] = {"launches": [_launch(b) for b in linear(card, rows)]}
+        about = {key: value for key, value in card._asdict().items() if key != "dtype"}
+        result[card.name] = {"card": {**about, "dtype": str(card.dtype)[6:]}, "passes": passes}
+    return {"predicted": True, "layer": layer._asdict(), "cards": result}
+
+
+def _launch(b: Bound) -> dict[str, Any]:
+    seconds = {name: value for name, value in b.seconds.items() if value > 0}
+    return {"name": b.name, "bytes": b.memory, "binds": b.resource, "seconds": seconds}
+
+
+def _time(launch: dict[str, Any]) -> float:
+    return max(launch["seconds"].values())
+
+
+def launches_table(result: dict[str, Any], form: str = "simple") -> str:
+    """Every launch of every pass on every card."""
+    rows = []
+    for card, found in result["cards"].items():
+        for name, one in found["passes"].items():
+            for launch in one["launches"]:
+                times = {k: 1e6 * v for k, v in launch["seconds"].items()}
+                binds = launch["binds"]
+                others = sorted(times, key=times.__getitem__, reverse=True)[1:3]
+                rest = ", ".join(f"{o} {times[o]:.1f}" for o in others)
+                megabytes = f"{launch['bytes'] / 1e6:.1f}"
+                rows.append(
+                    (card, name, launch["name"], megabytes, f"{times[binds]:.1f}", binds, rest)
+                )
+    headers = ["card", "pass", "launch", "MB", "µs at least", "bound by", "next"]
+    return str(tabulate(rows, headers=headers, tablefmt=form, disable_numparse=True))
+
+
+def steps_table(result: dict[str, Any], form: str = "simple") -> str:
+    """Forward and backward of one QLoRA layer: MB, and µs at least, of every scheme."""
+    rows = []
+    for card, found in result["cards"].items():
+        for name, one in found["passes"].items():
+            if "others" not in one:
+                continue
+            moved = sum(launch["bytes"] for launch in one["launches"])
+            schemes = {"fusetune": {"bytes": moved, "seconds": sum(map(_time, one["launches"]))}}
+            schemes |= one["others"]
+            row = [f"{card}, {name.partition(', ')[2]}"]
+            row += [
+                f"{s['bytes'] / 1e6:.0f} MB, {1e6 * s['seconds']:.0f} µs" for s in schemes.values()
+            ]
+            rows.append(row)
+    headers = ["*predicted*", "fusetune", *SCHEMES]
+    return str(tabulate(rows, headers=headers, tablefmt=form, disable_numparse=True))
+
+
+def few_rows_table(result: dict[str, Any], form: str = "simple") -> str:
+    """linear_4bit, forward and dX, for few rows: µs at least, and what most of it is bound by."""
+    rows = []
+    for card, found in result["cards"].items():
+        row = [card]
+        for m in FEW_ROWS:
+            launches = found["passes"][f"M {m}"]["launches"]
+            longest = max(launches, key=_time)
+            moved = sum(launch["bytes"] for launch in launches) / 1e6
+            took = 1e6 * sum(map(_time, launches))
+            row.append(f"{moved:.0f} MB, {took:.1f} µs, {longest['binds']}")
+        rows.append(row)
+    headers = ["*predicted*", *(f"M = {m}" for m in FEW_ROWS)]
+    return str(tabulate(rows, headers=headers, tablefmt=form, disable_numparse=True))
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The README's tables."""
+    return f"{steps_table(result, 'github')}\n\n{few_rows_table(result, 'github')}\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bound")
+    parser.add_argument("--card", choices=[card.name for card in CARDS], action="append")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--json", type=Path, help="writes the numbers there")
+    options = parser.parse_args()
+    result = predict(card for card in CARDS if not options.card or card.name in options.card)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.markdown:
+        print(markdown(result))
+        return 0
+    print("Predicted, not measured: bounds from counted work and data sheets.\n")
+    print(f"{launches_table(result)}\n\n{steps_table(result)}\n\n{few_rows_table(result)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""What the GPU kernels need and move, against what was recorded in tests/compile/budgets.json.
+
+    python -m benchmarks.budgets             a table of all; exit code 1 where a budget is broken
+    python -m benchmarks.budgets --update    records what was found: a change to be reviewed
+
+Compiled for every architecture: no spills, no stack, shared memory that the device has, the
+instructions that a kernel is written for, registers within 8 of the record. Executed by the
+simulator at a small fixed shape: sectors of global memory, wavefronts of shared memory and floating
+point operations of matrix instructions, all exactly as recorded.
+
+Found once for every state of the sources, and kept in build/budgets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
+
+import fusetune
+from benchmarks.gpu_kernels import CUDA, TRITON, Case
+from fusetune.sim import compile as offline
+from fusetune.sim import cuda_sim
+from fusetune.sim.cuda_build import find_nvcc
+from fusetune.sim.run import accept_cpu_tensors
+from fusetune.sim.triton_driver import MAX_SHARED, simulated_driver
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "tests" / "compile" / "budgets.json"
+KEPT = ROOT / "build" / "budgets"
+
+BAND = 8  # registers
+TRITON_ARCHS = tuple(arch for arch in MAX_SHARED if arch >= 80)  # where the ops offer it
+EXECUTED_TRITON = 80  # matrix instructions that only later architectures have are not simulated
+EXECUTED_CUDA = (75, 80)
+
+# Machine instructions by what they are for, and the first architecture that has them.
+INSTRUCTIONS = {
+    "tensor cores": (r"(HMMA|HGMMA|UT\w*MMA)\b", 75),
+    "wide loads": (r"(LDG|LDGSTS)\b.*\.128", 75),
+    "wide stores": (r"STG\b.*\.128", 75),
+    "asynchronous copies": (r"(LDGSTS|UTMALDG)\b", 80),
+}
+# Of the large matmuls: the tensor cores that an architecture was made for.
+NEWEST_TENSOR_CORES = {90: r"HGMMA\b", 100: r"UT\w*MMA\b"}
+
+Found = dict[str, dict[str, Any]]  # {"sm_80, lora_da": {"registers": 80, ...}}
+
+
+# --- what there is --------------------------------------------------------------------------------
+
+
+def compiled_triton() -> Found:
+    """Every Triton case on every architecture."""
+    tasks = [(case.name, arch) for case in TRITON for arch in TRITON_ARCHS]
+    return _kept("compiled-triton", ["kernels/triton"], lambda: _in_processes(_compile, tasks))
+
+
+def compiled_cuda() -> Found:
+    """Every kernel of the built module `_cuda`. Raises FileNotFoundError where it is not built."""
+    module = next(Path(fusetune.__file__).parent.glob("_cuda.*.so"), None)
+    if module is None:
+        raise FileNotFoundError("the CUDA kernels are not built: that takes nvcc")
+    return _kept("compiled-cuda", [str(module)], lambda: _take_apart(module))
+
+
+def executed_triton() -> Found:
+    """Counts of every Triton case at its small shape."""
+    tasks = [("triton", case.name, EXECUTED_TRITON) for case in TRITON]
+    sources = ["kernels/triton", "pylib/ops", "pylib/sim"]
+    return _kept("executed-triton", sources, lambda: _in_processes(_execute, tasks))
+
+
+def executed_cuda() -> Found:
+    """Counts of every CUDA case at its small shape."""
+    tasks = [("cuda", case.name, arch) for case in CUDA for arch in EXECUTED_CUDA]
+    sources = ["kernels/cuda", "csrc/cuda", "csrc/bindings_cuda.cpp", "pylib/ops", "pylib/sim"]
+
+    def execute() -> Found:
+        for arch in EXECUTED_CUDA:  # built once, before several processes want it
+            with cuda_sim(arch):
+                pass
+        return _in_processes(_execute, tasks)
+
+    return _kept("executed-cuda", sources, execute)
+
+
+PARTS: dict[str, Callable[[], Found]] = {
+    "compiled-triton": compiled_triton,
+    "compiled-cuda": compiled_cuda,
+    "executed-triton": executed_triton,
+    "executed-cuda": executed_cuda,
+}
+
+
+def toolchain() -> dict[str, str]:
+    """Other compilers make other code: a record is of one version of each."""
+    said = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True)
+    release = re.search(r"release ([\d.]+)", said.stdout)
+    assert release is not None
+    return {"triton": importlib.metadata.version("triton"), "nvcc": release[1]}
+
+
+def _compile(name: str, arch: int) -> Found:
+    case = _case(TRITON, name)
+    with offline.triton_kernels(arch) as kernels, accept_cpu_tensors("triton"):
+        case.call(case.full, arch)
+    usage = next(kernel.usage for kernel in kernels if kernel.name == case.kernel)
+    needs = case.needs
+    if case.newest and arch in NEWEST_TENSOR_CORES:
+        found = usage.count(NEWEST_TENSOR_CORES[arch]) > 0
+        return {f"sm_{arch}, {name}": _resources(usage, arch, needs, [] if found else ["newest"])}
+    return {f"sm_{arch}, {name}": _resources(usage, arch, needs)}
+
+
+def _resources(
+    usage: offline.Usage, arch: int, needs: Iterable[str], missing: Iterable[str] = ()
+) -> dict[str, Any]:
+    absent = [
+        what
+        for what in needs
+        if arch >= INSTRUCTIONS[what][1] and not usage.count(INSTRUCTIONS[what][0])
+    ]
+    return {
+        "registers": usage.registers,
+        "shared": usage.shared,
+        "stack": usage.stack,
+        "spills": usage.spills,
+        "missing": [*absent, *missing],
+    }
+
+
+# What a CUDA kernel is written for, by its name.
+_CUDA_NEEDS = {
+    "linear_4bit_stream": ("tensor cores", "wide loads"),
+    "linear_4bit_tile": ("tensor cores", "wide loads", "asynchronous copies"),
+    "linear_4bit_dx": ("tensor cores", "wide loads", "asynchronous copies"),
+    "linear_4bit_fp32": ("wide loads",),
+    "dequantize_4bit": ("wide stores",),
+    "sum_splits": ("wide loads",),
+}
+# A kernel's mangled name: name, type, tiles of rows.
+_MANGLED = re.compile(
+    r"fusetune\d+(?P<kernel>[a-z0-9_]+?)"
+    r"(?:I(?P<type>f|6__half|13__nv_bfloat16)(?:Li(?P<tiles>\d+))?E+)?v?P?[vK]"
+)
+_TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16", None: "fp32"}
+
+
+def _take_apart(module: Path) -> Found:
+    found: Found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tool = offline._tool("cuobjdump")
+        command = [tool, "--extract-elf", "all", str(module)]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        for cubin in Path(folder).glob("*.cubin"):
+            matched = re.search(r"\.sm_(\d+)\.cubin", cubin.name)
+            assert matched is not None
+            arch = int(matched[1])
+            for mangled, usage in offline.usage_of(cubin.read_bytes()).items():
+                kernel, label, dtype = demangled(mangled)
+                if dtype != "bf16" or arch >= 80:  # sm_75 has no bf16: its kernels are empty
+                    found[f"sm_{arch}, {label}"] = _resources(usage, arch, _CUDA_NEEDS[kernel])
+    return found
+
+
+def demangled(name: str) -> tuple[str, str, str]:
+    """(kernel, "kernel<bf16, 4>", "bf16")."""
+    matched = _MANGLED.search(name)
+    if matched is None or matched["kernel"] not in _CUDA_NEEDS:
+        raise ValueError(f"say what the kernel {name} is written for, in benchmarks/budgets.py")
+    kernel, dtype = matched["kernel"], _TYPES[matched["type"]]
+    arguments = [dtype] if matched["type"] else []
+    arguments += [matched["tiles"]] if matched["tiles"] else []
+    return kernel, f"{kernel}<{', '.join(arguments)}>" if arguments else kernel, dtype
+
+
+def _execute(backend: str, name: str, arch: int) -> Found:
+    if backend == "cuda":
+        case = _case(CUDA, name)
+        with cuda_sim(arch) as run:
+            case.call(case.small, arch)
+    else:
+        case = _case(TRITON, name)
+        with simulated_driver(arch) as run, accept_cpu_tensors("triton"):
+            case.call(case.small, arch)
+    counts = next(launch.counts for launch in run.launches if case.kernel in launch.kernel)
+    return {
+        f"sm_{arch}, {name}": {
+            "load sectors": counts.global_load_sectors,
+            "store sectors": counts.global_store_sectors,
+            "shared wavefronts": counts.shared_wavefronts,
+            "mma flops": counts.mma_flops,
+        }
+    }
+
+
+def _case(cases: Iterable[Case], name: str) -> Case:
+    return next(case for case in cases if case.name == name)
+
+
+def _in_processes(function: Callable[..., Found], tasks: list[tuple[Any, ...]]) -> Found:
+    found: Found = {}
+    workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
+        for result in pool.map(function, *zip(*tasks, strict=True), chunksize=2):
+            found.update(result)
+    return found
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _kept(part: str, sources: Iterable[str], find: Callable[[], Found]) -> Found:
+    """What `find` finds, once for every state of the sources."""
+    key = hashlib.sha256(repr((toolchain(), sys.version)).encode())
+    own = ["benchmarks/budgets.py", "benchmarks/gpu_kernels.py"]
+    for name in (*own, *sources):
+        path = ROOT / name
+        files = (
+            sorted(p for p in path.rglob("*") if p.suffix in _SOURCES) if path.is_dir() else [path]
+        )
+        for file in (f for f in files if f.suffix in _SOURCES):
+            key.update(file.name.encode() + b"\0" + file.read_bytes())
+    kept = KEPT / f"{part}-{key.hexdigest()[:20]}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    found = find()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    for older in kept.parent.glob(f"{part}-*.json"):
+        older.unlink()
+    kept.write_text(json.dumps(found, indent=1))
+    return found
+
+
+_SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".so")
+
+
+# --- against the record ---------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One number of one kernel. verdict: empty where it is within its budget."""
+
+    kernel: str
+    what: str
+    recorded: Any
+    found: Any
+    verdict: str = ""
+
+
+def compare(recorded: Found, found: Found) -> list[Row]:
+    """Every number of every kernel, in the order of `found`."""
+    rows = []
+    for kernel, numbers in found.items():
+        if kernel not in recorded:
+            rows.append(Row(kernel, "", None, None, "not recorded"))
+            continue
+        before = recorded[kernel]
+        rows += [
+            Row(kernel, k, before.get(k), v, _verdict(kernel, k, before.get(k), v))
+            for k, v in numbers.items()
+        ]
+    gone = [
+        Row(kernel, "", None, None, "recorded, but not found")
+        for kernel in recorded
+        if kernel not in found
+    ]
+    return rows + gone
+
+
+def _verdict(kernel: str, what: str, recorded: Any, found: Any) -> str:
+    if what in ("stack", "spills"):
+        return "must be 0" if found else ""
+    if what == "missing":
+        return f"no {' and no '.join(found)}" if found else ""
+    if what == "shared":
+        arch = int(kernel.removeprefix("sm_").split(",")[0])
+        return f"more than the device's {MAX_SHARED[arch]}" if found > MAX_SHARED[arch] else ""
+    if what == "registers":
+        off = recorded is None or abs(found - recorded) > BAND
+        return f"further than {BAND} from the record" if off else ""
+    if found == recorded:
+        return ""
+    return (
+        "more than recorded" if recorded is None or found > recorded else "less: update the record"
+    )
+
+
+def broken(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row.verdict]
+
+
+def table(rows: Iterable[Row]) -> str:
+    return str(tabulate(rows, headers=["kernel", "", "recorded", "found", "verdict"]))
+
+
+def record(parts: dict[str, Found]) -> str:
+    """The file: a line for each kernel. What is always zero or empty is left out."""
+    lines = [f' "toolchain": {json.dumps(toolchain())}']
+    for part, found in parts.items():
+        kept = {
+            kernel: {k: v for k, v in numbers.items() if k not in ("stack", "spills", "missing")}
+            for kernel, numbers in sorted(found.items())
+        }
+        body = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in kept.items())
+        lines.append(f' "{part}": {{\n{body}\n }}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.budgets")
+    parser.add_argument("--update", action="store_true")
+    options = parser.parse_args()
+    parts = {name: find() for name, find in PARTS.items()}
+    recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    rows = [row for name, found in parts.items() for row in compare(recorded.get(name, {}), found)]
+    if options.update:
+        # What no record can allow is not recorded either.
+        never = [
+            row for row in broken(rows) if row.what in ("stack", "spills", "missing", "shared")
+        ]
+        print(table(broken(rows)))
+        if never:
+            print("\nnothing is recorded: these are not a matter of a record\n\n" + table(never))
+            return 1
+        RECORD.write_text(record(parts))
+        return 0
+    print(table(rows))
+    return 1 if broken(rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

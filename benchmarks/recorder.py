@@ -1,0 +1,176 @@
+"""What a call of the ops does on a card, at full size, without the card: launches and operators.
+
+The host code is the real one: it decides for the card's architecture how matrices are cut into
+tiles and which way the base matmul takes. Of every launch a few CTAs are executed by the simulator,
+and their counts stand for all. torch's own matrix products are counted and not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.cards import Card
+from fusetune import ops
+from fusetune.ops import _triton
+from fusetune.sim import Counts, cuda_sim
+from fusetune.sim.ptx import Program
+from fusetune.sim.run import accept_cpu_tensors
+from fusetune.sim.triton_driver import simulated_driver
+
+Tensor = torch.Tensor
+Dim3 = tuple[int, int, int]
+
+SAMPLE = 2  # CTAs in x and in y that are executed; in z, where parts of a sum differ, all
+SPECIAL = ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh")
+
+
+@dataclass
+class Work:
+    """One kernel launch, or one operator of torch.
+
+    memory: bytes of the tensors it is given, each once: what has to come from or go to memory.
+    sectors and what follows: of all its CTAs; zero for torch's operators, whose kernels are not
+    known. anywhere: whether these numbers are those of every newer architecture, too.
+    """
+
+    name: str
+    memory: int
+    tensor_flops: float = 0
+    fp32_flops: float = 0
+    sectors: float = 0
+    wavefronts: float = 0
+    shuffles: float = 0
+    special: float = 0
+    instructions: float = 0
+    anywhere: bool = True
+
+
+@contextmanager
+def recorded(card: Card) -> Iterator[list[Work]]:
+    """Records what ops do with CPU tensors as if on `card`; results are not computed."""
+    works: list[Work] = []
+    arch = 75 if card.arch == 75 else 80  # what is executed; the host code sees card.arch
+    with ExitStack() as stack:
+        if arch >= 80:
+            stack.enter_context(simulated_driver(arch))
+        stack.enter_context(cuda_sim(arch))
+        stack.enter_context(accept_cpu_tensors("triton"))
+        stack.enter_context(ops.use_backend("auto"))
+        seen = lambda device=None: card.arch  # noqa: E731
+        stack.enter_context(mock.patch.object(_triton, "capability", seen))
+        stack.enter_context(mock.patch.object(Program, "launch", _sampling(works)))
+        stack.enter_context(_Operators(works))
+        yield works
+
+
+def _sampling(works: list[Work]) -> Any:
+    launch = Program.launch
+
+    def sampled(
+        program: Program, kernel: str, grid: Dim3, block: Dim3, args: Any, smem: int = 0, **how: Any
+    ) -> Counts:
+        few = min(grid[0], SAMPLE), min(grid[1], SAMPLE), grid[2]
+        counts = launch(
+            program, kernel, few, block, args, smem, memory=how.get("memory", ()), check=False
+        )
+        share = (grid[0] * grid[1]) / (few[0] * few[1])
+        tensors = [t for t in (*args, *how.get("memory", ())) if isinstance(t, Tensor)]
+        memory = _bytes(tensors)
+        if kernel == "_linear" and args[0].data_ptr() == args[7].data_ptr():
+            memory += _bytes([args[7]])  # it adds to its result: reads it, too
+        works.append(_work(kernel, memory, counts, share))
+        return counts
+
+    return sampled
+
+
+def _work(kernel: str, memory: int, counts: Counts, share: float) -> Work:
+    def issued(*opcodes: str) -> float:
+        found = (n for name, n in counts.instructions.items() if name.split(".")[0] in opcodes)
+        return share * sum(found)
+
+    return Work(
+        readable(kernel),
+        memory,
+        tensor_flops=share * counts.mma_flops,
+        fp32_flops=32 * 2 * issued("fma"),
+        sectors=share * counts.global_sectors,
+        wavefronts=share * counts.shared_wavefronts,
+        shuffles=issued("shfl"),
+        special=32 * issued(*SPECIAL),
+        instructions=share * counts.warp_instructions,
+        # Triton takes other matrix instructions where there are; our CUDA code does not.
+        anywhere=kernel.startswith("_Z") or not counts.mma_flops,
+    )
+
+
+def readable(kernel: str) -> str:
+    """A kernel's name without what the compiler added."""
+    from benchmarks.budgets import demangled
+
+    return demangled(kernel)[1] if kernel.startswith("_Z") else kernel.removeprefix("_")
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+_PRODUCTS = ("mm", "addmm", "addmm_")
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the operators that move data. Matrix products give memory of any content."""
+
+    def __init__(self, works: list[Work]) -> None:
+        super().__init__()
+        self.works = works
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace != "aten":  # an op of ours: what is inside it is noted
+            with self:
+                return func(*args, **(kwargs or {}))
+        if name in _PRODUCTS:
+            return self._product(name, args)
+        inputs = _tensors(args)
+        before = [t.data_ptr() for t in inputs]
+        result = func(*args, **(kwargs or {}))
+        outputs = _tensors([result])
+        changes = func._schema.is_mutable
+        same = bool(outputs) and outputs[0].data_ptr() in before and not changes
+        if inputs and outputs and not same and "empty" not in name and name != "detach":
+            size = _bytes(inputs) + _bytes(outputs)
+            if max(t.numel() for t in (*inputs, *outputs)) > 1:
+                self.works.append(Work(f"torch {name}", size))
+        return result
+
+    def _product(self, name: str, args: Any) -> Tensor:
+        left, right = args[-2:]
+        (m, k), n = left.shape, right.shape[1]
+        into = args[0] if name == "addmm_" else torch.empty(m, n, dtype=left.dtype)
+        size = _bytes([left, right]) + _bytes([into]) * (2 if name == "addmm_" else 1)
+        flops = float(2 * m * n * k)
+        work = Work(f"torch {name}", size)
+        if left.dtype == torch.float32:
+            work.fp32_flops = flops
+        else:
+            work.tensor_flops = flops
+        self.works.append(work)
+        return into
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    flat: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            flat.append(value)
+        elif isinstance(value, (list, tuple)):
+            flat += _tensors(value)
+    return flat
