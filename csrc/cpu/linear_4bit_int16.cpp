@@ -5,6 +5,7 @@
 // that of the codebook's rounding. Tiling and bytes are those of gemv.h; per 64 weights it needs a third of the
 // instructions.
 #include <cmath>
+#include <type_traits>
 
 #include "gemv.h"
 
@@ -13,28 +14,39 @@ namespace FUSETUNE_ISA {
 #if defined(FUSETUNE_HAS_INT16)
 namespace {
 
-constexpr int kWords = 64;
+constexpr int kScaled = 64;  // activations that share a scale
 // Eight products of 15-bit and 13-bit magnitudes fit an int32 lane: 8 * 32767 * 8191 < 2^31.
 constexpr float kMaxWord = 32767.f, kMaxCode = 8191.f;
 
-// words [k / 64][m][64], scales [k / 64][m]. False if x is not finite.
+// The integer in the low bits after adding 1.5 * 2^23, rounded.
+FUSETUNE_INLINE int16_t round_to_word(float v) { return static_cast<int16_t>(float_to_bits(v + 12582912.f)); }
+
+// words [steps][m][kWords], scales [steps][m][kLanes], a step being kWords elements of k, rounded up with zeros. False
+// if x is not finite.
 bool quantize_rows(const Matrix& x, int64_t m, int64_t k, float scale, int16_t* words, float* scales) {
-  for (int64_t c = 0; c < k / kWords; ++c) {
-    for (int64_t s = 0; s < m; ++s, words += kWords, ++scales) {
+  for (int64_t d = 0; d < k; d += kWords) {
+    for (int64_t s = 0; s < m; ++s, words += kWords, scales += kLanes) {
       alignas(64) float v[kWords] = {};
-      load_floats(x.data, x.dtype, s * x.ld + c * kWords, kWords, v);
-      F largest = zero();
-      for (int i = 0; i < kWords; i += kLanes) largest = max(largest, abs(load(v + i)));
-      // A NaN may be lost in max, but not in a sum of products with zero.
-      F check = zero();
-      for (int i = 0; i < kWords; i += kLanes) check = fma(load(v + i), zero(), check);
-      if (hsum(check) != 0.f) return false;
-      const float absmax = hmax(largest), inverse = absmax > 0 ? kMaxWord / absmax : 0.f;
-      if (!std::isfinite(inverse)) return false;
-      *scales = absmax / kMaxWord * scale;
+      float of_part[2] = {}, inverse[2] = {};
+      load_floats(x.data, x.dtype, s * x.ld + d, std::min<int64_t>(kWords, k - d), v);
+      for (int part = 0; part < kWords / kScaled; ++part) {
+        const float* first = v + part * kScaled;
+        // A NaN may be lost in max, but not in a sum of products with zero.
+        F largest = zero(), check = zero();
+        for (int i = 0; i < kScaled; i += kLanes) {
+          largest = max(largest, abs(load(first + i)));
+          check = fma(load(first + i), zero(), check);
+        }
+        if (hsum(check) != 0.f) return false;
+        const float absmax = hmax(largest);
+        inverse[part] = absmax > 0 ? kMaxWord / absmax : 0.f;
+        if (!std::isfinite(inverse[part])) return false;
+        of_part[part] = absmax / kMaxWord * scale;
+      }
+      store(scales, word_scales(of_part[0], of_part[1]));
       for (int i = 0; i < kWords; ++i) {
-        // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
-        words[i] = static_cast<int16_t>(float_to_bits(v[word_element(i)] * inverse + 12582912.f));
+        const int element = word_element(i);
+        words[i] = round_to_word(v[element] * inverse[element / kScaled]);
       }
     }
   }
@@ -58,29 +70,39 @@ void dot_rows_of_words(const Row4bit<nested>& source, const WordArgs& x, const G
   const WordCodebook code = x.code;
   const int16_t* words = x.words;
   const float* scales = x.scales;
+  const auto step = [&](int64_t i, auto whole) {
+    F absmax[rows];
+    U w[rows][kWordVectors];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const uint64_t at = static_cast<uint64_t>((row + r) * args.k + i);
+      prefetch_4bit<nested>(source.w, source.shift, at);
+      const float first = state[r].at(source.w, at >> source.shift);
+      if constexpr (whole.value) {
+        absmax[r] = word_scales(first, state[r].at(source.w, (at + kWords - kScaled) >> source.shift));
+        decode_words(source.w.packed + at / 2, code, w[r]);
+      } else {
+        absmax[r] = set1(first);
+        decode_64_words(source.w.packed + at / 2, code, w[r]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < m; ++s) {
+      const F scale = load(scales + s * kLanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        acc[r][s] = fma(dot_words(w[r], words + s * kWords), mul(absmax[r], scale), acc[r][s]);
+      }
+    }
+    words += m * kWords;
+    scales += m * kLanes;
+  };
   for (int64_t i = 0; i < args.k;) {
     const int64_t end = std::min(i + source.span(), args.k);
     for (int r = 0; r < rows; ++r) source.prepare(state[r], row + r, i);
 #pragma GCC unroll 4
-    for (; i < end; i += kWords, words += m * kWords, scales += m) {
-      F absmax[rows];
-      U w[rows][kWordVectors];
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) {
-        const uint64_t at = static_cast<uint64_t>((row + r) * args.k + i);
-        prefetch_4bit<nested>(source.w, source.shift, at);
-        absmax[r] = set1(state[r].at(source.w, at >> source.shift));
-        decode_words(source.w.packed + at / 2, code, w[r]);
-      }
-#pragma GCC unroll 8
-      for (int s = 0; s < m; ++s) {
-        const F scale = set1(scales[s]);
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) {
-          acc[r][s] = fma(dot_words(w[r], words + s * kWords), mul(absmax[r], scale), acc[r][s]);
-        }
-      }
-    }
+    for (; i + kWords <= end; i += kWords) step(i, std::true_type{});
+    if (i < end) step(i, std::false_type{}), i = end;
   }
   for (int r = 0; r < rows; ++r) finish_row(args, row + r, acc[r]);
 }
@@ -108,17 +130,17 @@ void dispatch_rows(int64_t rows, const Row4bit<nested>& source, const WordArgs& 
 
 bool linear_4bit_int16(const Matrix& x, int64_t m, int64_t n, int64_t k, const Weight4bit& w, const float* bias,
                        const LowRank& tail, const MutMatrix& y) {
-  if (m < 1 || m > 8 || w.blocksize % kWords || k % w.blocksize) return false;
+  if (m < 1 || m > 8 || w.blocksize % kScaled || k % w.blocksize) return false;
   float largest = 0;
   for (int i = 0; i < 16; ++i) largest = std::max(largest, std::fabs(w.code[i]));
   if (!(largest > 0)) return false;
   int16_t code[16];
   for (int i = 0; i < 16; ++i) code[i] = static_cast<int16_t>(std::lrint(w.code[i] * (kMaxCode / largest)));
 
-  const int64_t chunks = k / kWords;
-  float* left = workspace(m * tail.rank + chunks * m * (1 + kWords / 2));
-  float* scales = left + m * tail.rank;
-  auto* words = reinterpret_cast<int16_t*>(scales + chunks * m);
+  const int64_t vectors = (k + kWords - 1) / kWords * m;
+  float* scales = workspace(m * tail.rank + vectors * (kLanes + kWords / 2));
+  auto* words = reinterpret_cast<int16_t*>(scales + vectors * kLanes);
+  float* left = scales + vectors * (kLanes + kWords / 2);
   if (!quantize_rows(x, m, k, largest / kMaxCode, words, scales)) return false;
   for (int64_t i = 0; i < m * tail.rank; ++i) left[i] = tail.left[i] * tail.scale;
 

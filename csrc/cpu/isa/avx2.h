@@ -153,7 +153,7 @@ FUSETUNE_INLINE void decode32(const uint8_t* p, const ScaledCodebook& scaled, F 
 // 64 values in 16-bit fixed point: the high nibbles of 32 bytes, then the low ones, each in the order that unpacking
 // the two byte planes gives.
 #define FUSETUNE_HAS_INT16 1
-constexpr int kWordVectors = 4;
+constexpr int kWords = 64, kWordVectors = 4;
 struct WordCodebook {
   U low, high;
 };
@@ -181,6 +181,10 @@ FUSETUNE_INLINE void decode_words(const uint8_t* p, const WordCodebook& code, U 
   out[2] = _mm256_unpacklo_epi8(low1, high1);
   out[3] = _mm256_unpackhi_epi8(low1, high1);
 }
+FUSETUNE_INLINE void decode_64_words(const uint8_t* p, const WordCodebook& code, U (&out)[kWordVectors]) {
+  decode_words(p, code, out);
+}
+FUSETUNE_INLINE F word_scales(float first, float) { return _mm256_set1_ps(first); }
 FUSETUNE_INLINE F dot_words(const U (&w)[kWordVectors], const int16_t* x) {
   U sum = _mm256_setzero_si256();
   for (int v = 0; v < kWordVectors; ++v) {

@@ -146,28 +146,42 @@ FUSETUNE_INLINE __m256 dot_pairs(__m256 a, __m256 b, __m256 c) {
 }
 #endif
 
-// 64 values in 16-bit fixed point: the high nibbles of 32 bytes, then the low ones.
+// 128 values in 16-bit fixed point from one vector of 32 words: nibble after nibble of each word is shifted to where
+// vpermw reads. The first 64 values are in the lower half of the lanes.
 #define FUSETUNE_HAS_INT16 1
-constexpr int kWordVectors = 2;
+constexpr int kWords = 128, kWordVectors = 4;
 struct WordCodebook {
-  U values;  // twice over: vpermw reads five bits of a byte's four
+  U values;  // twice over: vpermw reads five bits of a nibble's four
 };
 FUSETUNE_INLINE WordCodebook make_word_codebook(const int16_t* values) {
   return {_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)))};
 }
-FUSETUNE_INLINE int word_element(int position) { return position < 32 ? 2 * position : 2 * position - 63; }
+FUSETUNE_INLINE int word_element(int position) { return position % 32 * 4 + (position / 32 ^ 1); }
+FUSETUNE_INLINE void decode_words_of(U bytes, const WordCodebook& code, U (&out)[kWordVectors]) {
+  out[0] = _mm512_permutexvar_epi16(bytes, code.values);
+  out[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), code.values);
+  out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 8), code.values);
+  out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 12), code.values);
+}
 FUSETUNE_INLINE void decode_words(const uint8_t* p, const WordCodebook& code, U (&out)[kWordVectors]) {
-  const U bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  out[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), code.values);
-  out[1] = _mm512_permutexvar_epi16(bytes, code.values);
+  decode_words_of(_mm512_loadu_si512(p), code, out);
+}
+FUSETUNE_INLINE void decode_64_words(const uint8_t* p, const WordCodebook& code, U (&out)[kWordVectors]) {
+  decode_words_of(_mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), code, out);
+}
+FUSETUNE_INLINE F word_scales(float first, float second) {
+  return _mm512_mask_mov_ps(_mm512_set1_ps(first), 0xff00, _mm512_set1_ps(second));
 }
 FUSETUNE_INLINE F dot_words(const U (&w)[kWordVectors], const int16_t* x) {
-  const U first = _mm512_madd_epi16(w[0], _mm512_loadu_si512(x));
+  U sum = _mm512_madd_epi16(w[0], _mm512_loadu_si512(x));
+  for (int v = 1; v < kWordVectors; ++v) {
 #if defined(FUSETUNE_ISA_AVX512_BF16)
-  return _mm512_cvtepi32_ps(_mm512_dpwssd_epi32(first, w[1], _mm512_loadu_si512(x + 32)));
+    sum = _mm512_dpwssd_epi32(sum, w[v], _mm512_loadu_si512(x + 32 * v));
 #else
-  return _mm512_cvtepi32_ps(_mm512_add_epi32(first, _mm512_madd_epi16(w[1], _mm512_loadu_si512(x + 32))));
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w[v], _mm512_loadu_si512(x + 32 * v)));
 #endif
+  }
+  return _mm512_cvtepi32_ps(sum);
 }
 
 FUSETUNE_INLINE void transpose(F (&v)[16]) {

@@ -16,9 +16,10 @@
 //   scale_codebook(codebook, absmax)  the codebook of a block: decode32 with it gives value * absmax
 //   to_pairs(a, b) zip_pairs(a, b) dot_pairs(a, b, c)  vectors of bf16 pairs (FUSETUNE_HAS_BF16_DOT): a then b rounded
 //                                  to bf16; (a[i], b[i]) rounded; c + the sum of each pair's products
-//   decode_words dot_words           64 values in 16-bit fixed point (x86 only: FUSETUNE_HAS_INT16), for the dot
-//   product
-//                                  with 64 words of x stored in the order of word_element
+//   decode_words dot_words         kWords (64 or 128) values in 16-bit fixed point, for the dot product with as many
+//                                  words of x stored in the order of word_element (x86 only: FUSETUNE_HAS_INT16)
+//   decode_64_words                the first 64 of them only, for the end of a row
+//   word_scales(a, b)              in every lane the factor of the 64 values it sums: a of the first, b of the others
 //   transpose(v)                   kLanes x kLanes in place
 //
 // Kernels that come in two vector widths are templates over Wide or Narrow: the few operations a register tile
