@@ -68,6 +68,12 @@ def test_f32_to_narrower_types():
     np.testing.assert_array_equal(truncated[number], (value.view(np.uint32) >> 16)[number])
 
 
+def test_ties_of_bf16_go_to_even():
+    bits = np.uint32([0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F817FFF, 0x3F808001, 0xBF818000])
+    out = calculate("cvt.rn.bf16.f32 %out, %in0;", "bf16", ("f32", bits.view(np.float32)))
+    np.testing.assert_array_equal(out, [0x3F80, 0x3F82, 0x3F80, 0x3F81, 0x3F81, 0xBF82])
+
+
 def test_bf16_to_f32():
     value = torch.from_numpy(floats()).bfloat16()
     bits = value.view(torch.int16).numpy().view(np.uint16)
