@@ -1,10 +1,22 @@
 """What every test runs under: fixed seeds, memory that shows what was not written, backends."""
 
+import os
 import sys
 
 import pytest
 import torch
 from backends import HOST, forced
+
+# Triton is about to change its default: a multiplication and an addition may become one FMA.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what runs on a card, so that `-m gpu` selects it."""
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(value in ("triton", "cuda", "card") for value in parameters if type(value) is str):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)
