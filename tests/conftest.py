@@ -14,8 +14,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 def pytest_collection_modifyitems(items):
     """Marks what runs on a card, so that `-m gpu` selects it."""
     for item in items:
-        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if any(value in ("triton", "cuda", "card") for value in parameters if type(value) is str):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("backend") in ("triton", "cuda") or parameters.get("arch") == "card":
             item.add_marker(pytest.mark.gpu)
 
 

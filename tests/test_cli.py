@@ -119,11 +119,11 @@ def test_verify_fails_when_a_gpu_kernel_is_wrong(backend, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_verify_says_why_it_cannot_run(backend):
-    result = fusetune("verify", "--backend", backend)
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_verify_says_why_it_cannot_run(name):
+    result = fusetune("verify", "--backend", name)
     assert result.exit_code == 2
-    assert f"{backend} cannot run here: " in result.output
+    assert f"{name} cannot run here: " in result.output
     assert "GPU" in result.output or "Triton" in result.output
 
 

@@ -48,17 +48,17 @@ def test_description_names_backends_and_reasons():
     assert reasons["cpu"] == "the tensors are on cuda"
 
 
-@pytest.mark.parametrize(("backend", "module"), [("triton", _triton), ("cuda", _cuda)])
-def test_description_says_why_there_are_no_gpu_kernels(backend, module):
+@pytest.mark.parametrize(("name", "module"), [("triton", _triton), ("cuda", _cuda)])
+def test_description_says_why_there_are_no_gpu_kernels(name, module):
     """Without a driver the modules still load and say what is missing."""
     why = module.reason()
     information = env.information()
-    assert information[backend] == {"available": why is None, "reason": why}
-    (line,) = [t for t in env.describe().splitlines() if t.lower().startswith(f"{backend} kernels")]
+    assert information[name] == {"available": why is None, "reason": why}
+    (line,) = [t for t in env.describe().splitlines() if t.lower().startswith(f"{name} kernels")]
     assert line.endswith(why or "available")
     if not torch.cuda.is_available():
         assert why is not None
-        assert env.backends("cuda")["linear_4bit"]["not"][backend] == why
+        assert env.backends("cuda")["linear_4bit"]["not"][name] == why
         assert information["gpu_backends"] == {}
 
 

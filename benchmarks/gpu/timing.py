@@ -1,0 +1,113 @@
+"""Times on a GPU: events around each call, all contenders in turn, medians over rounds.
+
+The caller makes the card torch's default device.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Run = Callable[[], Any]
+_FLUSH = 256 << 20  # bytes: more than any card's L2 cache
+_COPY = 1 << 30  # bytes
+_MATMUL = 8192  # rows and columns
+
+
+def compare(runs: dict[str, Run], seconds: float, rounds: tuple[int, int] = (5, 100)) -> Any:
+    """{name: {"ms", "queued_ms", "peak_mib"}} and, beside the first contender, "ratio".
+
+    ms: of one call, the L2 cache full of something else, launches queued before they are needed;
+    queued_ms: a call among others of its kind without a pause, in which the host's time shows;
+    ratio: the median over rounds of its time over the first contender's;
+    peak_mib: memory that the call allocates at most, its results included.
+    """
+    result: dict[str, dict[str, float]] = {}
+    for name, run in runs.items():
+        run()  # compiles
+        result[name] = {"peak_mib": peak(run)}
+    flush = torch.empty(_FLUSH, dtype=torch.uint8)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    stop = time.perf_counter() + seconds
+    for done in range(rounds[1]):
+        if done >= rounds[0] and time.perf_counter() > stop:
+            break
+        for name in order:
+            times[name].append(once(runs[name], flush))
+        order = order[1:] + order[:1]
+    first = times[next(iter(runs))]
+    for name, run in runs.items():
+        result[name]["ms"] = statistics.median(times[name])
+        result[name]["queued_ms"] = queued(run, result[name]["ms"])
+        pairs = zip(times[name], first, strict=True)
+        result[name]["ratio"] = statistics.median(own / ours for own, ours in pairs)
+    return result
+
+
+def once(run: Run, flush: torch.Tensor) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def queued(run: Run, ms: float) -> float:
+    """Of one call, in the median of three rows of them."""
+    calls = max(3, min(50, int(20 / max(ms, 1e-3))))
+    rows = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+        rows.append(1e3 * (time.perf_counter() - begin) / calls)
+    return statistics.median(rows)
+
+
+def peak(run: Run) -> float:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def card(simulated: bool) -> dict[str, Any]:
+    """The card's own limits, measured: GB/s of a copy, TFLOP/s of matmuls, µs a launch."""
+    if simulated:
+        return {}
+    facts: dict[str, Any] = {"copy_gbs": copy_speed()}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
+            continue
+        facts[f"matmul_{name}_tflops"] = matmul_speed(dtype)
+    tiny = torch.zeros(1)
+    facts["launch_us"] = 1e3 * queued(lambda: tiny.add_(1), 0.005)
+    return facts
+
+
+def seconds_of(run: Run) -> float:
+    flush = torch.empty(_FLUSH, dtype=torch.uint8)
+    run()
+    return statistics.median(once(run, flush) for _ in range(9)) / 1e3
+
+
+def copy_speed() -> float:
+    """GB/s, read and written."""
+    source = torch.zeros(_COPY, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2e-9 * source.nbytes / seconds_of(lambda: target.copy_(source))
+
+
+def matmul_speed(dtype: torch.dtype) -> float:
+    """TFLOP/s on random numbers."""
+    a, b = (torch.randn(_MATMUL, _MATMUL).to(dtype) for _ in range(2))
+    return 2e-12 * _MATMUL**3 / seconds_of(lambda: a @ b)
