@@ -45,6 +45,7 @@ _TABLE = {
 }
 _MASKED = {90: Tiles(128, 128, 64, 8, 3), 100: Tiles(128, 128, 64, 8, 3)}  # with dropout
 _SMALL = Tiles(32, 64, 64, 4, 3)
+_SMALL_OF = {120: Tiles(32, 64, 64, 8, 3)}  # four warps spill there
 _FP32 = Tiles(64, 64, 16, 4, 2)
 
 
@@ -56,7 +57,7 @@ def tiles(arch: int, m: int, dtype: torch.dtype, quads: bool | None = None) -> T
     if dtype == torch.float32:
         return _FP32
     if m <= 64 or quads is False:
-        return _SMALL
+        return _SMALL_OF.get(arch, _SMALL)
     known = arch if arch in _TABLE else 86
     return _TABLE[known] if quads is None else _MASKED.get(known, _TABLE[known])
 
