@@ -60,6 +60,8 @@ def compile_modules() -> int:
 
 def build_ext(environment: dict[str, str]) -> int:
     """setup.py from outside the project, so that an old setuptools need not read pyproject.toml."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "setup.cfg").write_text("[metadata]\nname = fusetune\nversion = 0\n")
     command = [sys.executable, str(ROOT / "setup.py"), "-q", "build_ext"]
     command += ["--build-lib", str(SITE), "--build-temp", str(BUILD / "objects")]
     return subprocess.run(command, cwd=BUILD, env=environment).returncode

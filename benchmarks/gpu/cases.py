@@ -386,7 +386,8 @@ def run_group(group: str, path: Path, seconds: float, simulated: bool) -> int:
 
 
 def summary(entry: dict[str, Any]) -> str:
-    times = [f"{name} {value['ms']:.3f} ms" for name, value in entry["contenders"].items() if value]
+    measured = entry["contenders"].items()
+    times = [f"{name} {value['ms']:.3f} ms" for name, value in measured if "ms" in value]
     error = f"error {entry['error']:.1e}" if "error" in entry else "not compared with float64"
     return ", ".join([*times, error])
 
