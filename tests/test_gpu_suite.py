@@ -41,9 +41,10 @@ def test_the_suite_runs_on_the_simulator(tmp_path):
         for name, contender in case["contenders"].items():
             assert "ms" not in contender
             assert "failure" not in contender, f"{key}: {name}: {contender}"
-            # The others must be right as well, or a comparison with them says nothing.
-            if name != "dense weight" and "error" in contender:
-                assert contender["error"] <= 4 * case["allowed"], f"{key}: {name}"
+            # The others must be right as well, or a comparison with them says nothing. All of their
+            # results are bfloat16, also where ours is fp32.
+            if "error" in contender:
+                assert contender["error"] <= max(case["allowed"], 2.0**-8), f"{key}: {name}"
     text = path.with_suffix(".md").read_text()
     assert "nothing was timed" in text
     assert all(title in text for title in report.TITLES.values())
@@ -56,6 +57,15 @@ def test_without_a_card_it_says_so():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert "--simulate" in done.stderr
+
+
+def test_the_suite_starts_before_the_package_is_built():
+    code = """
+import sys
+sys.modules["fusetune"] = None
+import benchmarks.gpu.suite
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_the_two_halves_are_all_of_it(monkeypatch, tmp_path):
@@ -303,15 +313,21 @@ def test_the_report_compares_with_the_goals(tmp_path):
     def case(group, ms, **ratios):
         contenders = {"ours": {"ms": ms, "ratio": 1.0, "peak_mib": 10.0, "error": 1e-3}}
         others = {n.replace("_", " "): {"ratio": r, "peak_mib": 20.0} for n, r in ratios.items()}
-        return {"group": group, "error": 1e-3, "contenders": contenders | others}
+        fields = {"group": group, "source": "now", "error": 1e-3}
+        return {**fields, "contenders": contenders | others}
 
     dequantised = {**case("dequantize", 0.02, three_launches=1.25), "bytes": 42_000_000}
     stored = {
+        "source": "now",
         "card": {"name": "A card", "copy_gbs": 2500.0},
         "steps": {"build": {"state": "ok", "seconds": 30.0, "note": ""}},
         "cases": {
             "lora M=4096 r=16 p=0": case("lora", 0.5, PEFT_scheme=1.45, Unsloth_scheme=1.25),
-            "lora M=16 r=16 p=0": {"group": "lora", "failure": "RuntimeError: error 1"},
+            "lora M=16 r=16 p=0": {
+                "group": "lora",
+                "source": "before",
+                "failure": "RuntimeError: error 1",
+            },
             "dequantize 4096x4096": dequantised,
             "dora 4096x4096 r=16": case("dora", 0.05),
         },
@@ -325,6 +341,7 @@ def test_the_report_compares_with_the_goals(tmp_path):
         "| dequantisation ≥ 85 % of copy speed | 84% |",
         "| LoRA and DoRA's norm ≤ 1.15× LoRA (M = 4096) | 1.10× |",
         "RuntimeError: error 1",
+        "Measured with earlier sources: lora M=16 r=16 p=0.",
     ):
         assert line in text
     assert "bitsandbytes" not in text.split("## Goals")[1]

@@ -24,6 +24,9 @@ def markdown(stored: dict[str, Any]) -> str:
     parts = [f"# {stored['card'].get('name', 'no card')}", "", facts(stored["card"])]
     if stored.get("simulated"):
         parts += ["", "Simulated: shapes are tiny and results were checked; nothing was timed."]
+    old = [key for key, case in stored["cases"].items() if case["source"] != stored["source"]]
+    if old:
+        parts += ["", f"Measured with earlier sources: {', '.join(old)}."]
     parts += ["", steps(stored["steps"])]
     for group, title in TITLES.items():
         rows = [(k, v) for k, v in stored["cases"].items() if v["group"] == group]

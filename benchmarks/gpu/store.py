@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+_ENDINGS = (".py", ".cu", ".cuh", ".h", ".cpp")
 
 
 def source_hash() -> str:
     """Of everything that results depend on."""
+    folders = [ROOT / name for name in ("pylib", "kernels", "csrc")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in _ENDINGS]
+    files += [Path(__file__).with_name(f"{name}.py") for name in ("cases", "schemes", "timing")]
     digest = hashlib.sha256()
-    for folder in ("pylib", "kernels", "csrc", "benchmarks/gpu"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".cu", ".cuh", ".h", ".cpp"):
-                digest.update(path.read_bytes())
+    for path in sorted(files):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
