@@ -154,6 +154,11 @@ print("went on")
     assert known["measure x"]["note"] == "went on"
 
 
+def test_tests_that_were_all_skipped_have_not_passed(steps):
+    assert steps(("tests", "print('5 skipped in 1s')"))[1]["tests"]["state"] == "failed"
+    assert steps(("tests", "print('3 passed, 2 skipped in 1s')"))[1]["tests"]["state"] == "ok"
+
+
 def test_a_backend_that_cannot_run_is_skipped(steps):
     good, known = steps(("verify cuda", "print('no nvcc'); raise SystemExit(2)"))
     assert good
@@ -302,11 +307,43 @@ def test_ratios_are_of_calls_in_turn(clock):
     assert timed == ["ours", "theirs", "theirs", "ours"] * 2 + ["ours", "theirs"]
 
 
+def test_a_case_is_checked_and_then_timed(clock, monkeypatch, tmp_path):
+    path = tmp_path / "card.json"
+    wrong = good_case()()
+    wrong.runs["ours"] = value(2)
+    makers = {"right": good_case(theirs=value(1)), "wrong": lambda: wrong}
+    monkeypatch.setitem(cases.GROUPS, "lora", lambda: iter(makers.items()))
+    monkeypatch.setattr(cases, "alive", lambda: False)
+    assert cases.run_group("lora", path, 0.01, False) == suite.LOST
+    done = store.load(path)["cases"]
+    assert "contenders" not in done["wrong"]
+    for contender in done["right"]["contenders"].values():
+        assert contender["ms"] > 0
+        assert contender["error"] == 0
+        assert contender["ratio"] > 0
+
+
 def test_the_cards_limits_are_measured(clock):
     assert timing.card(True) == {}
     facts = timing.card(False)
     assert facts.keys() == {"copy_gbs", "matmul_bf16_tflops", "matmul_fp16_tflops", "launch_us"}
     assert all(fact > 0 for fact in facts.values())
+
+
+def test_every_goal_and_plot_finds_its_cases():
+    """With all that is measured on a card: the report looks for no case by a wrong name."""
+    keys = [(group, key) for group in cases.GROUPS for key, _ in cases.entries(group, False)]
+    assert len(keys) == len({key for _, key in keys}) > 100
+    names = ("PEFT scheme", "Unsloth scheme", "bitsandbytes", "three launches")
+    contenders = {name: {"ratio": 2.0} for name in (*names, "three launches + matmul")}
+    contenders["ours"] = {"ms": 1.0, "ratio": 1.0}
+    stored = {
+        "card": {"copy_gbs": 1000.0},
+        "cases": {key: {"group": g, "bytes": 10**9, "contenders": contenders} for g, key in keys},
+    }
+    assert len(list(report.goals(stored))) == 9
+    for start in report.PLOTS:
+        assert len(report.series(stored["cases"], start)["PEFT scheme"]) >= 6
 
 
 def test_the_report_compares_with_the_goals(tmp_path):

@@ -19,6 +19,14 @@ TITLES = {
     "ways": "Ways of the base matmul with a LoRA tail (ours: the default)",
 }
 
+# Cases along M, and the title of their picture.
+PLOTS = {
+    "lora M={} r=16 p=0": "one linear, p = 0",
+    "lora M={} r=16 p=0.1": "one linear, p = 0.1",
+    "layer M={} r=16 p=0": "Llama-8B layer, p = 0",
+    "linear 4096x4096 M={}": "NF4 linear, forward",
+}
+
 
 def markdown(stored: dict[str, Any]) -> str:
     parts = [f"# {stored['card'].get('name', 'no card')}", "", facts(stored["card"])]
@@ -128,12 +136,7 @@ def plot(stored: dict[str, Any], path: Path) -> str | None:
     except ImportError as error:
         return f"no plots: {error}"
     panels = []
-    for start, title in (
-        ("lora M={} r=16 p=0", "one linear, p = 0"),
-        ("lora M={} r=16 p=0.1", "one linear, p = 0.1"),
-        ("layer M={} r=16 p=0", "Llama-8B layer, p = 0"),
-        ("linear 4096x4096 M={}", "NF4 linear, forward"),
-    ):
+    for start, title in PLOTS.items():
         lines = series(stored["cases"], start)
         if lines:
             panels.append((title, lines))

@@ -19,8 +19,9 @@ _MATMUL = 8192  # rows and columns
 def compare(runs: dict[str, Run], seconds: float, rounds: tuple[int, int] = (5, 100)) -> Any:
     """{name: {"ms", "queued_ms", "peak_mib"}} and, beside the first contender, "ratio".
 
-    ms: of one call, the L2 cache full of something else, launches queued before they are needed;
-    queued_ms: a call among others of its kind without a pause, in which the host's time shows;
+    ms: of one call on the card, from a cold L2 cache; the host has a start of the 0.1 to 1 ms that
+    emptying the cache takes, so that up to there its launches cost nothing;
+    queued_ms: of one call among others of its kind, in which all of the host's time shows;
     ratio: the median over rounds of its time over the first contender's;
     peak_mib: memory that the call allocates at most, its results included.
     """
