@@ -66,7 +66,8 @@ Found = dict[str, dict[str, Any]]  # {"sm_80, lora_da": {"registers": 80, ...}}
 def compiled_triton() -> Found:
     """Every Triton case on every architecture."""
     tasks = [(case.name, arch) for case in TRITON for arch in TRITON_ARCHS]
-    return _kept("compiled-triton", ["kernels/triton"], lambda: _in_processes(_compile, tasks))
+    sources = ["kernels/triton", "pylib/sim/compile.py"]
+    return _kept("compiled-triton", sources, lambda: _in_processes(_compile, tasks))
 
 
 def compiled_cuda() -> Found:
@@ -74,7 +75,8 @@ def compiled_cuda() -> Found:
     module = next(Path(fusetune.__file__).parent.glob("_cuda.*.so"), None)
     if module is None:
         raise FileNotFoundError("the CUDA kernels are not built: that takes nvcc")
-    return _kept("compiled-cuda", [str(module)], lambda: _take_apart(module))
+    sources = [str(module), "pylib/sim/compile.py"]
+    return _kept("compiled-cuda", sources, lambda: _take_apart(module))
 
 
 def executed_triton() -> Found:
@@ -122,11 +124,11 @@ def _compile(name: str, arch: int) -> Found:
     needs = case.needs
     if case.newest and arch in NEWEST_TENSOR_CORES:
         found = usage.count(NEWEST_TENSOR_CORES[arch]) > 0
-        return {f"sm_{arch}, {name}": _resources(usage, arch, needs, [] if found else ["newest"])}
-    return {f"sm_{arch}, {name}": _resources(usage, arch, needs)}
+        return {f"sm_{arch}, {name}": resources(usage, arch, needs, [] if found else ["newest"])}
+    return {f"sm_{arch}, {name}": resources(usage, arch, needs)}
 
 
-def _resources(
+def resources(
     usage: offline.Usage, arch: int, needs: Iterable[str], missing: Iterable[str] = ()
 ) -> dict[str, Any]:
     absent = [
@@ -152,12 +154,9 @@ _CUDA_NEEDS = {
     "dequantize_4bit": ("wide stores",),
     "sum_splits": ("wide loads",),
 }
-# A kernel's mangled name: name, type, tiles of rows.
-_MANGLED = re.compile(
-    r"fusetune\d+(?P<kernel>[a-z0-9_]+?)"
-    r"(?:I(?P<type>f|6__half|13__nv_bfloat16)(?:Li(?P<tiles>\d+))?E+)?v?P?[vK]"
-)
-_TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16", None: "fp32"}
+# What follows a kernel's name where it is mangled: type, tiles of rows.
+_ARGUMENTS = re.compile(r"I(?P<type>f|6__half|13__nv_bfloat16)(?:Li(?P<tiles>\d+)E)?E")
+_TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 
 
 def _take_apart(module: Path) -> Found:
@@ -173,19 +172,21 @@ def _take_apart(module: Path) -> Found:
             for mangled, usage in offline.usage_of(cubin.read_bytes()).items():
                 kernel, label, dtype = demangled(mangled)
                 if dtype != "bf16" or arch >= 80:  # sm_75 has no bf16: its kernels are empty
-                    found[f"sm_{arch}, {label}"] = _resources(usage, arch, _CUDA_NEEDS[kernel])
+                    found[f"sm_{arch}, {label}"] = resources(usage, arch, _CUDA_NEEDS[kernel])
     return found
 
 
 def demangled(name: str) -> tuple[str, str, str]:
     """(kernel, "kernel<bf16, 4>", "bf16")."""
-    matched = _MANGLED.search(name)
-    if matched is None or matched["kernel"] not in _CUDA_NEEDS:
+    length = re.match(r"_ZN8fusetune(\d+)", name)
+    kernel = name[length.end() :][: int(length[1])] if length else name
+    if length is None or kernel not in _CUDA_NEEDS:
         raise ValueError(f"say what the kernel {name} is written for, in benchmarks/budgets.py")
-    kernel, dtype = matched["kernel"], _TYPES[matched["type"]]
-    arguments = [dtype] if matched["type"] else []
-    arguments += [matched["tiles"]] if matched["tiles"] else []
-    return kernel, f"{kernel}<{', '.join(arguments)}>" if arguments else kernel, dtype
+    found = _ARGUMENTS.match(name[length.end() + len(kernel) :])
+    if found is None:
+        return kernel, kernel, "fp32"
+    dtype = _TYPES[found["type"]]
+    return kernel, f"{kernel}<{', '.join(filter(None, (dtype, found['tiles'])))}>", dtype
 
 
 def _execute(backend: str, name: str, arch: int) -> Found:

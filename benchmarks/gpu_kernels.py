@@ -58,8 +58,8 @@ class Case:
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Of any content: no count depends on it. Not touched, so that large ones cost nothing."""
-    return torch.empty(shape, dtype=dtype)
+    """Zeros: no count depends on dense operands. Large ones cost nothing until they are touched."""
+    return torch.zeros(shape, dtype=dtype)
 
 
 @cache

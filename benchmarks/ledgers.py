@@ -78,6 +78,16 @@ def dequantise(layer: Layer) -> list[Operator]:
     ]
 
 
+def decode_and_multiply(layer: Layer) -> list[Operator]:
+    """bitsandbytes' linear_4bit without LoRA, forward and dX, where its own kernel is not used."""
+    return [
+        *dequantise(layer),
+        Operator("y = x W^T", layer.x + layer.w + layer.y, layer.base),
+        *dequantise(layer),
+        Operator("dX = dY W", layer.y + layer.w + layer.x, layer.base),
+    ]
+
+
 def peft(layer: Layer, dropout: bool) -> list[Operator]:
     """lora.bnb.Linear4bit: every product and every elementwise step is an operator of its own."""
     x, y, w, s, a, b = layer.x, layer.y, layer.w, layer.s, layer.a, layer.b

@@ -28,6 +28,7 @@ Tensor = torch.Tensor
 Dim3 = tuple[int, int, int]
 
 SAMPLE = 2  # CTAs in x and in y that are executed; in z, where parts of a sum differ, all
+MOVES = ("mov", "cvta")  # of PTX, which has registers without end: most are no instructions
 SPECIAL = ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh")
 
 
@@ -67,7 +68,7 @@ def recorded(card: Card) -> Iterator[list[Work]]:
         stack.enter_context(mock.patch.object(_triton, "capability", seen))
         stack.enter_context(mock.patch.object(Program, "launch", _sampling(works)))
         # Ops of ours go the way they go without a mode: what is inside them is noted.
-        stack.enter_context(mock.patch("torch._C._len_torch_dispatch_stack", lambda: 0))
+        stack.enter_context(mock.patch("torch._C._len_torch_dispatch_stack", return_value=0))
         stack.enter_context(_Operators(works))
         yield works
 
@@ -107,7 +108,7 @@ def _work(kernel: str, memory: int, counts: Counts, share: float) -> Work:
         wavefronts=share * counts.shared_wavefronts,
         shuffles=issued("shfl"),
         special=32 * issued(*SPECIAL),
-        instructions=share * counts.warp_instructions,
+        instructions=share * counts.warp_instructions - issued(*MOVES),
         # Triton takes other matrix instructions where there are; our CUDA code does not.
         anywhere=kernel.startswith("_Z") or not counts.mma_flops,
     )

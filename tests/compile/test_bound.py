@@ -93,13 +93,10 @@ def test_ledgers_by_hand():
 
 
 def test_the_time_of_a_ledger():
-    layer = ledgers.Layer(4096, 4096, 4096, 16)
-    memory_only, seconds = bound.ledger(
-        "PEFT + bitsandbytes", CARD._replace(tensor=1e30), False, layer
-    )
-    assert seconds == pytest.approx(memory_only / CARD.memory)
-    _, longer = bound.ledger("PEFT + bitsandbytes", CARD, False, layer)
-    assert longer > 2 * layer.base / CARD.tensor
+    """1 MB at 100 GB/s; 60 Mflop at 2 Tflop/s, which take longer than its 2 MB."""
+    operators = [ledgers.Operator("a", 10**6), ledgers.Operator("b", 2 * 10**6, 60 * 10**6)]
+    found = bound.ledger(operators, CARD)
+    assert found == {"bytes": 3 * 10**6, "seconds": pytest.approx(40e-6)}
 
 
 def test_cards_follow_from_their_multiprocessors():
@@ -152,9 +149,8 @@ def test_a_layer_on_the_a100(a100):
     layer = ledgers.Layer(4096, 4096, 4096, 16)
     assert moved <= 400e6
     assert took >= 2 * layer.base / a100.tensor
-    for scheme in ("PEFT + bitsandbytes", "Unsloth"):
-        other, _ = bound.ledger(scheme, a100, False, layer)
-        assert moved < other
+    for scheme in (ledgers.peft, ledgers.unsloth):
+        assert moved < bound.ledger(scheme(layer, False), a100)["bytes"]
     with_dropout, _ = bound.total(bound.step(a100, 4096, 0.1))
     assert with_dropout - moved < 1e3  # seeds
 

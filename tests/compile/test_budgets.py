@@ -1,0 +1,120 @@
+"""The GPU kernels keep to tests/compile/budgets.json; and the gate shuts.
+
+What they need is read from machine code of every architecture, what they move is counted by the
+simulator: no GPU. After a change that is meant: `python -m benchmarks.budgets --update`, and the
+difference of the file is reviewed with the code.
+"""
+
+import json
+
+import pytest
+
+pytest.importorskip("triton", reason="compiles Triton kernels, and reads cubins by Triton's tools")
+
+from benchmarks import budgets
+from benchmarks.gpu_kernels import CUDA, TRITON
+from fusetune.sim.cuda_build import CannotBuild
+
+RECORDED = json.loads(budgets.RECORD.read_text())
+
+
+@pytest.mark.parametrize("part", budgets.PARTS)
+def test_kernels_keep_to_their_budgets(part):
+    try:
+        here = budgets.toolchain()
+    except CannotBuild as error:
+        pytest.skip(str(error))
+    if here != RECORDED["toolchain"]:
+        pytest.skip(f"recorded with {RECORDED['toolchain']}, here is {here}")
+    try:
+        found = budgets.PARTS[part]()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    broken = budgets.broken(budgets.compare(RECORDED[part], found))
+    assert not broken, "\n" + budgets.table(broken)
+
+
+def test_every_kernel_is_recorded_for_every_architecture():
+    triton = {f"sm_{arch}, {c.name}" for c in TRITON for arch in (80, 86, 89, 90, 100, 120)}
+    assert set(RECORDED["compiled-triton"]) == triton
+    labels = {key.split(", ", 1)[1] for key in RECORDED["compiled-cuda"]}
+    halves = {label for label in labels if "bf16" in label}
+    cuda = {f"sm_{arch}, {k}" for k in labels for arch in (80, 86, 89, 90, 100, 120)}
+    assert set(RECORDED["compiled-cuda"]) == cuda | {f"sm_75, {k}" for k in labels - halves}
+    assert len(labels) >= 19
+    assert set(RECORDED["executed-triton"]) == {f"sm_80, {c.name}" for c in TRITON}
+    executed = {f"sm_{arch}, {c.name}" for c in CUDA for arch in (75, 80)}
+    assert set(RECORDED["executed-cuda"]) == executed
+
+
+COMPILED = {"registers": 100, "shared": 1000}
+CLEAN = {"registers": 100, "shared": 1000, "stack": 0, "spills": 0, "missing": []}
+COUNTED = {"load sectors": 10, "store sectors": 5, "shared wavefronts": 0, "mma flops": 4096}
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({}, None),
+        ({"registers": 108}, None),
+        ({"registers": 92}, None),
+        ({"shared": 99 * 1024}, None),
+        ({"registers": 109}, "further than 8 from the record"),
+        ({"registers": 91}, "further than 8 from the record"),
+        ({"shared": 100 * 1024}, "more than the device's 101376"),
+        ({"stack": 8}, "must be 0"),
+        ({"spills": 1}, "must be 0"),
+        ({"missing": ["tensor cores"]}, "no tensor cores"),
+    ],
+)
+def test_what_a_compiled_kernel_may_not_do(change, verdict):
+    rows = budgets.compare({"sm_86, k": COMPILED}, {"sm_86, k": {**CLEAN, **change}})
+    assert len(rows) == len(CLEAN)
+    assert [row.verdict for row in budgets.broken(rows)] == ([verdict] if verdict else [])
+
+
+@pytest.mark.parametrize("what", COUNTED)
+@pytest.mark.parametrize("by", [1, -1])
+def test_counts_are_exact(what, by):
+    found = {"sm_80, k": {**COUNTED, what: COUNTED[what] + by}}
+    (row,) = budgets.broken(budgets.compare({"sm_80, k": COUNTED}, found))
+    assert (row.what, row.recorded, row.found) == (what, COUNTED[what], COUNTED[what] + by)
+    assert row.verdict == ("more than recorded" if by > 0 else "less: update the record")
+
+
+def test_kernels_that_appear_or_vanish_are_told():
+    rows = budgets.compare({"sm_80, old": COUNTED}, {"sm_80, new": COUNTED})
+    assert [(row.kernel, row.verdict) for row in rows] == [
+        ("sm_80, new", "not recorded"),
+        ("sm_80, old", "recorded, but not found"),
+    ]
+    assert "sm_80, old" in budgets.table(rows)
+
+
+def test_a_record_is_read_back_as_it_was():
+    text = budgets.record({"part": {"sm_80, b": CLEAN, "sm_80, a": COUNTED}})
+    stored = json.loads(text)
+    assert stored["part"] == {"sm_80, a": COUNTED, "sm_80, b": COMPILED}
+    assert stored["toolchain"] == budgets.toolchain()
+
+
+def test_required_instructions_are_looked_for():
+    from collections import Counter
+
+    from fusetune.sim.compile import Usage
+
+    scalar = Usage(32, 0, 0, opcodes=Counter({"LDG.E": 4, "FFMA": 8}))
+    wide = Usage(32, 0, 0, opcodes=Counter({"LDG.E.128.CONSTANT": 4, "HMMA.16816.F32.BF16": 8}))
+    needs = ("tensor cores", "wide loads", "asynchronous copies")
+    assert budgets.resources(scalar, 80, needs)["missing"] == list(needs)
+    assert budgets.resources(wide, 80, needs)["missing"] == ["asynchronous copies"]
+    assert budgets.resources(wide, 75, needs)["missing"] == []  # sm_75 has none
+
+
+def test_names_of_cuda_kernels():
+    tile = "_ZN8fusetune16linear_4bit_tileI13__nv_bfloat16Li4EEEvPKT_liPKhPKfS6_S4_"
+    assert budgets.demangled(tile) == ("linear_4bit_tile", "linear_4bit_tile<bf16, 4>", "bf16")
+    plain = "_ZN8fusetune16linear_4bit_fp32EPKfliPKhS1_S1_"
+    assert budgets.demangled(plain) == ("linear_4bit_fp32", "linear_4bit_fp32", "fp32")
+    with pytest.raises(ValueError, match="say what the kernel"):
+        budgets.demangled("_ZN8fusetune9somethingEPKf")
