@@ -118,3 +118,15 @@ def test_names_of_cuda_kernels():
     assert budgets.demangled(plain) == ("linear_4bit_fp32", "linear_4bit_fp32", "fp32")
     with pytest.raises(ValueError, match="say what the kernel"):
         budgets.demangled("_ZN8fusetune9somethingEPKf")
+
+
+def test_a_worse_tile_is_caught(monkeypatch):
+    """Tiles of half the rows read W twice as often."""
+    from fusetune._triton import linear
+
+    name, smaller = "linear with tail, few rows", linear.Tiles(16, 64, 64, 4, 3)
+    recorded = {f"sm_80, {name}": RECORDED["executed-triton"][f"sm_80, {name}"]}
+    assert not budgets.broken(budgets.compare(recorded, budgets._execute("triton", name, 80)))
+    monkeypatch.setattr(linear, "_SMALL", smaller)
+    broken = budgets.broken(budgets.compare(recorded, budgets._execute("triton", name, 80)))
+    assert ("load sectors", "more than recorded") in {(row.what, row.verdict) for row in broken}
