@@ -283,7 +283,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 20)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    for name, small in (("_FLUSH", 64), ("_COPY", 4096), ("_MATMUL", 16)):
+    for name, small in (("DEVICE", "cpu"), ("_FLUSH", 64), ("_COPY", 4096), ("_MATMUL", 16)):
         monkeypatch.setattr(timing, name, small)
 
 

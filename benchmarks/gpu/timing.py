@@ -1,6 +1,6 @@
 """Times on a GPU: events around each call, all contenders in turn, medians over rounds.
 
-The caller makes the card torch's default device.
+A default device is not set meanwhile: torch would look at every call for it, which takes time.
 """
 
 import statistics
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 Run = Callable[[], Any]
+DEVICE = "cuda"
 _FLUSH = 256 << 20  # bytes: more than any card's L2 cache
 _COPY = 1 << 30  # bytes
 _MATMUL = 8192  # rows and columns
@@ -29,7 +30,7 @@ def compare(runs: dict[str, Run], seconds: float, rounds: tuple[int, int] = (5, 
     for name, run in runs.items():
         run()  # compiles
         result[name] = {"peak_mib": peak(run)}
-    flush = torch.empty(_FLUSH, dtype=torch.uint8)
+    flush = torch.empty(_FLUSH, dtype=torch.uint8, device=DEVICE)
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     stop = time.perf_counter() + seconds
@@ -90,25 +91,25 @@ def card(simulated: bool) -> dict[str, Any]:
         if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
             continue
         facts[f"matmul_{name}_tflops"] = matmul_speed(dtype)
-    tiny = torch.zeros(1)
+    tiny = torch.zeros(1, device=DEVICE)
     facts["launch_us"] = 1e3 * queued(lambda: tiny.add_(1), 0.005)
     return facts
 
 
 def seconds_of(run: Run) -> float:
-    flush = torch.empty(_FLUSH, dtype=torch.uint8)
+    flush = torch.empty(_FLUSH, dtype=torch.uint8, device=DEVICE)
     run()
     return statistics.median(once(run, flush) for _ in range(9)) / 1e3
 
 
 def copy_speed() -> float:
     """GB/s, read and written."""
-    source = torch.zeros(_COPY, dtype=torch.uint8)
+    source = torch.zeros(_COPY, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2e-9 * source.nbytes / seconds_of(lambda: target.copy_(source))
 
 
 def matmul_speed(dtype: torch.dtype) -> float:
     """TFLOP/s on random numbers."""
-    a, b = (torch.randn(_MATMUL, _MATMUL).to(dtype) for _ in range(2))
+    a, b = (torch.randn(_MATMUL, _MATMUL, device=DEVICE).to(dtype) for _ in range(2))
     return 2e-12 * _MATMUL**3 / seconds_of(lambda: a @ b)
