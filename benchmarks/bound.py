@@ -9,9 +9,9 @@ A launch takes at least as long as each resource it uses: memory, tensor cores, 
 shared memory, shuffles, special functions, issue slots. The longest is its bound; a pass is the sum
 of its launches. Left out: latencies, gaps between launches, what the L2 cache keeps from one launch
 to the next, clocks below the data sheet's. PTX instructions without moves stand for the machine's:
-issue slots are an estimate. Counts of
-kernels with matrix products are those of sm_80's instructions, so that on H100 and B200 shared
-memory and issue slots are left out for them.
+issue slots are an estimate. Counts of kernels with matrix products are those of sm_80's
+instructions; on H100 and B200, where Triton takes others, their shared memory and the issue of
+these instructions are left out.
 """
 
 from __future__ import annotations
@@ -64,9 +64,12 @@ def bound(work: Work, card: Card) -> Bound:
         "shuffles": work.shuffles / card.per_clock(cards.SHUFFLES),
         "special functions": work.special / card.per_clock(cards.SPECIAL),
     }
+    instructions = work.instructions
     if work.anywhere or card.arch not in (90, 100):
         seconds["shared memory"] = work.wavefronts / card.per_clock(cards.WAVEFRONTS)
-        seconds["issue slots"] = work.instructions / card.per_clock(cards.ISSUE)
+    else:
+        instructions -= work.matrix_instructions
+    seconds["issue slots"] = instructions / card.per_clock(cards.ISSUE)
     return Bound(work.name, work.memory, seconds)
 
 

@@ -28,6 +28,7 @@ Tensor = torch.Tensor
 Dim3 = tuple[int, int, int]
 
 SAMPLE = 2  # CTAs in x and in y that are executed; in z, where parts of a sum differ, all
+MATRIX = ("mma", "ldmatrix", "cp")
 MOVES = ("mov", "cvta")  # of PTX, which has registers without end: most are no instructions
 SPECIAL = ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh")
 
@@ -38,7 +39,7 @@ class Work:
 
     memory: bytes of the tensors it is given, each once: what has to come from or go to memory.
     sectors and what follows: of all its CTAs; zero for torch's operators, whose kernels are not
-    known. anywhere: whether these numbers are those of every newer architecture, too.
+    known. anywhere: whether matrix instructions are the same on every newer architecture.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Work:
     shuffles: float = 0
     special: float = 0
     instructions: float = 0
+    matrix_instructions: float = 0  # of these, products and what fetches their operands
     anywhere: bool = True
 
 
@@ -109,6 +111,7 @@ def _work(kernel: str, memory: int, counts: Counts, share: float) -> Work:
         shuffles=issued("shfl"),
         special=32 * issued(*SPECIAL),
         instructions=share * counts.warp_instructions - issued(*MOVES),
+        matrix_instructions=issued(*MATRIX),
         # Triton takes other matrix instructions where there are; our CUDA code does not.
         anywhere=kernel.startswith("_Z") or not counts.mma_flops,
     )

@@ -51,17 +51,17 @@ def test_each_resource(numbers, resource, microseconds):
     assert found.time == pytest.approx(1e-6 * microseconds)
 
 
-def test_counts_of_other_matrix_instructions_are_left_out():
-    many = {"memory": 10**6, "wavefronts": 1e6, "instructions": 1e7, "tensor_flops": 1.0}
-    for arch, resource in (
-        (80, "issue slots"),
-        (90, "memory"),
-        (100, "memory"),
-        (120, "issue slots"),
-    ):
+def test_matrix_instructions_of_another_architecture_are_left_out():
+    """1 MB: 10 us. 2e6 instructions are 50 us; without the 1.8e6 for products, 5 us."""
+    numbers = {"memory": 10**6, "tensor_flops": 1.0, "wavefronts": 600e3}
+    numbers |= {"instructions": 2e6, "matrix_instructions": 1.8e6}
+    for arch, microseconds in ((80, 60), (90, 10), (100, 10), (120, 60)):
         card = CARD._replace(arch=arch)
-        assert bound.bound(work(**many, anywhere=False), card).resource == resource
-        assert bound.bound(work(**many, anywhere=True), card).resource == "issue slots"
+        found = bound.bound(work(**numbers, anywhere=False), card)
+        assert found.time == pytest.approx(1e-6 * microseconds)
+        assert bound.bound(work(**numbers), card).time == pytest.approx(60e-6)
+    hopper = bound.bound(work(**numbers, anywhere=False), CARD._replace(arch=90))
+    assert hopper.seconds["issue slots"] == pytest.approx(5e-6)
 
 
 def test_a_pass_is_the_sum_of_its_launches():
