@@ -16,12 +16,15 @@ import sys
 from pathlib import Path
 
 import fusetune
+from benchmarks import bound
 from fusetune.bench import table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = RESULTS / "demo.json"
+PREDICTED = RESULTS / "predicted.json"
+BUDGETS = ROOT / "tests" / "compile" / "budgets.json"
 PICTURE = ROOT / "docs" / "demo.png"
 
 
@@ -51,6 +54,10 @@ def main() -> int:
 def section(name: str) -> str:
     if name == "report":
         return f"```text\n{fuse_report()}\n```\n"
+    if name == "predicted":
+        return f"{bound.markdown(json.loads(PREDICTED.read_text()))}\n"
+    if name == "budgets":
+        return budgets_table(json.loads(BUDGETS.read_text()))
     return demo_table() if name == "demo" else op_tables(name)
 
 
@@ -66,6 +73,28 @@ def fuse_report() -> str:
     )
     model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
     return str(fusetune.fuse(model))
+
+
+def budgets_table(recorded: dict[str, dict[str, dict[str, int]]]) -> str:
+    """One line for each kernel: what it takes on the architectures it is compiled for."""
+    kernels: dict[tuple[str, str], list[dict[str, int]]] = {}
+    for backend in ("triton", "cuda"):
+        for name, found in recorded[f"compiled-{backend}"].items():
+            kernel = name.partition(", ")[2]
+            kernels.setdefault((backend, kernel), []).append(found)
+    lines = [
+        "| kernel | backend | architectures | registers | shared memory, KiB |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for (backend, kernel), found in kernels.items():
+        registers = sorted(one["registers"] for one in found)
+        shared = sorted(one["shared"] / 1024 for one in found)
+        name = kernel.replace("|", r"\|")
+        lines.append(
+            f"| `{name}` | {backend} | {len(found)} | {registers[0]}–{registers[-1]} "
+            f"| {shared[0]:.0f}–{shared[-1]:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def op_tables(op: str) -> str:
