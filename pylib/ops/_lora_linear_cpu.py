@@ -70,14 +70,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     a, b = _cpu.fp32(lora_A), _cpu.fp32(lora_B)
     s = _shrink(rows, a, dropout_p, seed)
-    both = _sum_biases(bias, lora_bias, scaling)
     n, r = b.shape
-    if isinstance(weight, Tensor) and _torch_multiplies(rows, weight):
-        y = torch.nn.functional.linear(rows, weight, None if both is None else both.to(rows.dtype))
-        return y.addmm_(s.to(y.dtype), b.to(y.dtype).T, alpha=scaling), s
-    weight = _with_contiguous_rows(weight)
     tail = (s.data_ptr(), b.data_ptr(), r, scaling)
-    return _cpu.linear(rows, weight, n, both, tail, int16), s
+    if isinstance(weight, Tensor) and _torch_multiplies(rows, weight):
+        y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+        # The tail in fp32, as in PEFT: addmm would round s and lora_B to 16 bits.
+        scaled = _sum_biases(None, lora_bias, scaling)
+        return y.add_(_cpu.linear(s[:, :0], weight, n, scaled, tail, False)), s
+    both = _sum_biases(bias, lora_bias, scaling)
+    return _cpu.linear(rows, _with_contiguous_rows(weight), n, both, tail, int16), s
 
 
 def _backward(
@@ -120,9 +121,7 @@ def _dx(
     n = dy.shape[1]
     if isinstance(weight, Tensor) and _torch_multiplies(dy, weight):
         dx = dy @ weight
-        if dropout is None:
-            return dx.addmm_(ds.to(dx.dtype), a.to(dx.dtype))
-        return dx.add_(_kernel_dx(dy, weight, 0, ds, a, dropout))
+        return dx.add_(_kernel_dx(ds, weight, 0, ds, a, dropout))
     return _kernel_dx(dy, _with_contiguous_rows(weight), n, ds, a, dropout)
 
 
