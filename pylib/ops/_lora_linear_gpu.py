@@ -1,6 +1,7 @@
 """lora_linear on a GPU: the narrow products by Triton, the base matmul by `_gpu_linear`.
 
-Where Triton cannot be used (Turing) the narrow products are torch's, and "cuda" carries the op.
+Where Triton cannot be used (Turing) the narrow products are torch's, and "cuda" carries the op only
+if it is asked for by name; otherwise LoRA layers run the library's own code.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from fusetune.ops import _cuda, _gpu_linear, _triton
-from fusetune.ops._registry import Impl
+from fusetune.ops._registry import Case, Impl, backend
 from fusetune.ops._weight import Weight
 from fusetune.reference.dropout import dropout
 
@@ -144,11 +145,21 @@ def _backward(
     return dx, dA, dB
 
 
+def _cuda_supports(case: Case) -> str | None:
+    """Only on request: with torch's narrow products it moves more bytes than PEFT does."""
+    why = _cuda.supports(case)
+    if why is None and backend() != "cuda":
+        why = (
+            "LoRA's narrow products have no CUDA kernels; FUSETUNE_BACKEND=cuda runs them by torch"
+        )
+    return why
+
+
 def _impls(function: Any) -> tuple[Impl, Impl]:
     # Triton before cuda: with it the base matmul still takes the CUDA kernels where they are best.
     return (
         Impl("triton", partial(function, _ByTriton), _triton.supports, 20),
-        Impl("cuda", partial(function, _ByTorch), _cuda.supports, 15),
+        Impl("cuda", partial(function, _ByTorch), _cuda_supports, 15),
     )
 
 

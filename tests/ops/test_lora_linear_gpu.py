@@ -12,6 +12,7 @@ from tolerance import assert_close, assert_same
 
 from fusetune import ops
 from fusetune.ops import _cuda, _gpu_linear, _triton
+from fusetune.ops._registry import OPS, Case
 from fusetune.reference import dropout as reference_dropout
 from fusetune.reference.dropout import new_seed, threshold_and_scale
 
@@ -302,3 +303,13 @@ def test_quantized_weights_of_any_blocksize():
             w = quantized(torch.randn(24, 72), blocksize=blocksize, double_quant=True)
             arguments = make(5, 24, 72, 4, BF16) | {"weight": w}
             assert_same(ops.lora_linear(**arguments), eager(**arguments))
+
+
+def test_narrow_products_by_torch_are_only_used_on_request(monkeypatch):
+    """As on Turing: fuse then leaves LoRA layers to PEFT, and the report gives this reason."""
+    monkeypatch.setattr(_cuda, "supports", lambda case: None)
+    case = Case("cuda", torch.float16)
+    with ops.use_backend("auto"):
+        assert "no CUDA kernels" in dict(OPS["lora_linear"].explain(case))["cuda"]
+    with ops.use_backend("cuda"):
+        assert OPS["lora_linear"].select(case).name == "cuda"
