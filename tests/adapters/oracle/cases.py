@@ -26,7 +26,7 @@ def one(config, model="bert", **changes):
 
 
 def several(config, composition, model="bert", names="ab", **changes):
-    return case(model, composition, **{name: (config, changes) for name in names})
+    return case(model, composition, **dict.fromkeys(names, (config, changes)))
 
 
 def fused(fusion, config="seq_bn", names="ab", composition=None, **fusion_changes):

@@ -1,4 +1,4 @@
-"""The tiny base models of the oracle: (transformers class, adapters class, config), and their weights.
+"""The oracle's tiny base models, as (transformers class, adapters class, config), and weights.
 
 Plain data where possible: ``cases.json`` repeats it, so that tests rebuild the same models with the
 transformers they run on.
@@ -124,7 +124,7 @@ MODELS = {
 
 
 def base_model(name):
-    """The transformers model with weights large enough that every part of it matters. Eval, eager."""
+    """The transformers model, eval and eager, with weights so large that every part matters."""
     class_name, _, options = MODELS[name]
     cls = getattr(transformers, class_name)
     model = cls._from_config(cls.config_class(**options), attn_implementation="eager").eval()
