@@ -129,6 +129,11 @@ CASES = {
             ("par_bn", {"mh_adapter": True}),
         )
     },
+    # Not with original_ln_before: adapters then takes the last layer's norm in every layer
+    "gemma2_double_seq_bn": one("double_seq_bn", "gemma2"),
+    "gemma2_par_bn": one("par_bn", "gemma2", mh_adapter=True),
+    "bare_bert_seq_bn_inv": one("seq_bn_inv", "bare_bert", mh_adapter=True),
+    "bare_bert_safetensors": one("double_seq_bn", "bare_bert"),
     "t5_cross": one("double_seq_bn", "t5", cross_adapter=True, leave_out=[0, 3]),
     "distilbert_inv": one("seq_bn_inv", "distilbert"),
     "gpt2_inv": one("seq_bn_inv", "gpt2"),

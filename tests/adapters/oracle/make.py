@@ -10,7 +10,8 @@ Beside this file it writes, all fp32 on the CPU in eval mode:
 
     cases.json                  configs of the models, and every case of cases.py
     base_<model>.safetensors    state dict of the transformers model; tied weights once
-    <case>/<adapter>/           as `save_adapter` writes it; fusion/ as `save_adapter_fusion` does
+    <case>/<adapter>/           as `save_adapter` writes it; fusion/ as `save_adapter_fusion` does;
+                                cases named *_safetensors with use_safetensors=True
     <case>.safetensors          input.*   what the model is called with
                                 output.*  last_hidden_state or logits
     and for BERT                input.projection, of the shape of the output
@@ -153,7 +154,8 @@ def save(model, case, folder):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name in case["adapters"]:
-        model.save_adapter(str(folder / name), name, with_head=False)
+        options = {"with_head": False, "use_safetensors": folder.name.endswith("_safetensors")}
+        model.save_adapter(str(folder / name), name, **options)
     if case["fusion"]:
         names = (case["fusion_name"] or ",".join(case["adapters"])).split(",")
         model.save_adapter_fusion(str(folder / "fusion"), names)

@@ -106,6 +106,23 @@ MODELS = {
             "use_cache": False,
         },
     ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        None,
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": HIDDEN,
+            "intermediate_size": INNER,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 4,
+            "max_position_embeddings": 16,
+            "use_cache": False,
+        },
+    ),
+    # Saved from a bare model: the checkpoint keys have no prefix.
+    "bare_bert": ("BertModel", None, _ENCODER),
     "t5": (
         "T5Model",
         "T5AdapterModel",
