@@ -29,7 +29,7 @@ from benchmarks.gpu.store import load, save, source_hash, store
 from fusetune import ops
 from fusetune.bench.cases import EXACT, no_grad, quantized
 from fusetune.bench.timing import Run, relative_error, seeded
-from fusetune.ops import _gpu_linear
+from fusetune.ops import _gpu_choice, _gpu_linear
 from fusetune.reference import dora_norm as dora_reference
 from fusetune.reference.dequantize_4bit import dequantize_4bit as dense_of
 
@@ -236,7 +236,7 @@ def ways(m: int, shape: Shape, rank: int, *, dx: bool, p: float = 0.0) -> Measur
 
     def forced(way: str) -> Run:
         def call() -> torch.Tensor:
-            with _gpu_linear.use_way(way):
+            with _gpu_choice.use_way(way):
                 return run()
 
         return call

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fusetune import ops
-from fusetune.ops import _gpu_linear
+from fusetune.ops import _gpu_choice
 from fusetune.reference import dora_norm as dora_reference
 from fusetune.reference.dequantize_4bit import dequantize_4bit as dense_of
 
@@ -133,7 +133,7 @@ def dora_norm(n: int, k: int, dtype: torch.dtype, *, rank: int) -> Case:
 
 
 def _by(way: str, function: Callable[..., Any], *args: Tensor) -> Any:
-    with _gpu_linear.use_way(way):
+    with _gpu_choice.use_way(way):
         return function(*args)
 
 

@@ -8,27 +8,17 @@
 - addmm: the weight decoded, the vendor's matmul, and the tail added in place;
 - augmented: the vendor's matmul of [x | s] and [W | scaling B]: no tail, but x is copied.
 
-What is best depends on the GPU, M, N, K, r and the dtype. With FUSETUNE_TUNE=1 every way is timed
-the first time a case comes up, M rounded up to a power of two, and the choice kept in
-`cache_path()`; what was measured once is used from then on, with or without the variable. Cases
-that were not measured take `default`.
+Which one: `_gpu_choice`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusetune.ops import _cuda, _triton
+from fusetune.ops._gpu_choice import Problem, Ways, choose
 from fusetune.ops._registry import Case, backend
 from fusetune.ops._weight import Weight
 from fusetune.ops.dequantize_4bit import dequantize_4bit
@@ -39,12 +29,6 @@ Tensor = torch.Tensor
 # (s fp32 [M, r], B [N, r], scaling); in dX (dS, A [r, K], scaling).
 Tail = tuple[Tensor, Tensor, float]
 Mask = tuple[float, Tensor]  # dropout's probability and seed, of dX's tail
-Ways = dict[str, Callable[[], Tensor]]
-
-_VERSION = 1
-_REPEAT = 10
-# Where Triton's matmul is known to come near the vendor's; elsewhere the vendor's is the default.
-_TRITON_MATMUL = (80, 86, 89, 90)
 
 
 # --- forward --------------------------------------------------------------------------------------
@@ -72,7 +56,8 @@ def linear(
     ways["addmm"] = lambda: _addmm(rows, _dense(weight, rows), bias, tail, col_scale)
     if _augments(weight, k, tail) and col_scale is None and _triton_takes(rows, weight):
         ways["augmented"] = lambda: _augmented(rows, weight, bias, tail)  # type: ignore[arg-type]
-    return _choose(_key("y", rows, m, n, k, tail, False), rows, ways)()
+    problem = Problem("y", m, n, k, _rank(tail), rows.dtype, rows.device)
+    return choose(problem, ways)()
 
 
 def _without_product(rows: Tensor, n: int, bias: Tensor | None) -> Tensor:
@@ -144,7 +129,8 @@ def linear_dx(
     ways["addmm"] = lambda: _addmm_dx(dy, _dense(weight, dy), tail, mask)
     if _augments(weight, k, tail) and mask is None:
         ways["augmented"] = lambda: _augmented_dx(dy, weight, tail)  # type: ignore[arg-type]
-    return _choose(_key("dx", dy, m, n, k, tail, mask is not None), dy, ways)()
+    problem = Problem("dx", m, n, k, _rank(tail), dy.dtype, dy.device, masked=mask is not None)
+    return choose(problem, ways)()
 
 
 def _triton_dx(
@@ -214,6 +200,10 @@ def _beside(rows: Tensor, low: Tensor, width: int) -> Tensor:
     return out
 
 
+def _rank(tail: Tail | None) -> int:
+    return 0 if tail is None else tail[0].shape[1]
+
+
 def _padded(r: int) -> int:
     return -(-r // 16) * 16
 
@@ -239,125 +229,3 @@ def _cuda_takes(
     if backend() == "triton" or weight.device.type not in _cuda.DEVICES:
         return False
     return _cuda.refuses(m, n, k, dtype, weight, dx=dx) is None
-
-
-# --- the choice -----------------------------------------------------------------------------------
-
-
-def default(arch: int, m: int, dtype: torch.dtype, tail: bool, ways: Ways) -> str:
-    """The way taken where nothing was measured. Whatever the GPU, it is one of `ways`."""
-    if "cuda" in ways:
-        return "cuda"
-    if "triton" in ways and tail and dtype != torch.float32 and arch in _TRITON_MATMUL:
-        return "triton"
-    return "addmm"
-
-
-def _key(what: str, rows: Tensor, m: int, n: int, k: int, tail: Tail | None, masked: bool) -> str:
-    rank = 0 if tail is None else tail[0].shape[1]
-    rows_up = 1 << (m - 1).bit_length()
-    dtype = str(rows.dtype).removeprefix("torch.")
-    name = _device_name(rows.device)
-    return f"{name}: {what} M {rows_up} N {n} K {k} r {rank} {dtype}{' dropout' if masked else ''}"
-
-
-_forced: str | None = None
-
-
-@contextmanager
-def use_way(name: str) -> Iterator[None]:
-    """Takes one way wherever it is to be had, for the length of a with block."""
-    global _forced
-    before, _forced = _forced, name
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-def _choose(key: str, rows: Tensor, ways: Ways) -> Callable[[], Tensor]:
-    if _forced in ways:
-        return ways[_forced]
-    if len(ways) == 1:
-        return next(iter(ways.values()))
-    measured = _measured()
-    name = measured.get(key)
-    if name in ways:
-        return ways[name]
-    if tuning() and not _capturing(rows.device):
-        name = min(ways, key=lambda way: _seconds(ways[way], rows.device))
-        measured[key] = name
-        _save(measured)
-    else:
-        arch = _triton.capability(rows.device) if "triton" in ways else 0
-        m = rows.shape[0]
-        name = default(arch, m, rows.dtype, " r 0 " not in key, ways)
-    return ways[name]
-
-
-def tuning() -> bool:
-    """Whether cases that come up for the first time are measured."""
-    return os.environ.get("FUSETUNE_TUNE", "") not in ("", "0")
-
-
-def cache_path() -> Path:
-    """Where measured choices are kept, for all processes of the user."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fusetune" / "linear.json"
-
-
-@cache
-def _measured() -> dict[str, str]:
-    """What was measured before, by key; empty where the file is missing or cannot be read."""
-    try:
-        content = json.loads(cache_path().read_text())
-        if content["version"] == _VERSION:
-            return {str(key): str(name) for key, name in content["choices"].items()}
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"fusetune ignores {cache_path()}: {error}", stacklevel=2)
-    return {}
-
-
-def forget() -> None:
-    """Reads the file anew at the next call."""
-    _measured.cache_clear()
-
-
-def _save(measured: dict[str, str]) -> None:
-    path = cache_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps({"version": _VERSION, "choices": measured}, indent=1))
-        draft.replace(path)  # at once: another process never reads half of it
-    except OSError as error:
-        warnings.warn(f"fusetune cannot keep what it measured: {error}", stacklevel=2)
-
-
-def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Of one call, on the GPU; once warm."""
-    call()
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(_REPEAT):
-        call()
-    end.record()
-    end.synchronize()
-    milliseconds: float = begin.elapsed_time(end)
-    return milliseconds / _REPEAT / 1e3
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type != "cuda":
-        return f"simulated sm_{_triton.capability(device)}" if "cpu" in _triton.DEVICES else "cpu"
-    return torch.cuda.get_device_name(device)

@@ -11,7 +11,7 @@ from lora_cases import check, eager, leaves, make, quantized, results
 from tolerance import assert_close, assert_same
 
 from fusetune import ops
-from fusetune.ops import _cuda, _gpu_linear, _triton
+from fusetune.ops import _cuda, _gpu_choice, _gpu_linear, _triton
 from fusetune.ops._registry import OPS, Case
 from fusetune.reference import dropout as reference_dropout
 from fusetune.reference.dropout import new_seed, threshold_and_scale
@@ -73,9 +73,9 @@ def choices(tmp_path, monkeypatch):
     """An own cache of measured choices; the file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FUSETUNE_TUNE", raising=False)
-    _gpu_linear.forget()
+    _gpu_choice.forget()
     yield tmp_path / "fusetune" / "linear.json"
-    _gpu_linear.forget()
+    _gpu_choice.forget()
 
 
 @pytest.mark.parametrize("way", ["triton", "addmm", "augmented"])
@@ -84,11 +84,11 @@ def choices(tmp_path, monkeypatch):
 def test_every_way_gives_the_same(triton_sim, monkeypatch, way, dtype, kind):
     taken = []
 
-    def choose(key, rows, ways):
-        taken.append(key)
+    def choose(problem, ways):
+        taken.append(problem)
         return ways[way]
 
-    monkeypatch.setattr(_gpu_linear, "_choose", choose)
+    monkeypatch.setattr(_gpu_linear, "choose", choose)
     check(make(19, 40, 72, 20, dtype, kind))
     assert len(taken) == 2
 
@@ -98,7 +98,7 @@ def test_masked_tail_added_to_the_vendors_matmul(triton_sim, monkeypatch, kind):
     arguments, dy = make(19, 40, 72, 20, BF16, kind), torch.randn(19, 40).to(BF16)
     grads = []
     for way in ("triton", "addmm"):
-        monkeypatch.setattr(_gpu_linear, "_choose", lambda key, rows, ways, way=way: ways[way])
+        monkeypatch.setattr(_gpu_linear, "choose", lambda problem, ways, way=way: ways[way])
         torch.manual_seed(3)
         grads.append(results(ops.lora_linear, arguments, dy, dropout_p=0.4)["dx"])
     assert_same(*grads)
@@ -123,8 +123,8 @@ def test_a_measured_choice_is_kept_and_used(triton_sim, choices, monkeypatch):
     # A new process reads the file, and does not measure again.
     content["choices"] = dict.fromkeys(content["choices"], "augmented")
     choices.write_text(json.dumps(content))
-    _gpu_linear.forget()
-    monkeypatch.setattr(_gpu_linear, "_seconds", None)
+    _gpu_choice.forget()
+    monkeypatch.setattr(_gpu_choice, "_seconds", None)
     triton_sim.launches.clear()
     ops.lora_linear(**arguments)
     assert "_dequantize_rows" in [launch.kernel for launch in triton_sim.launches]
@@ -169,10 +169,11 @@ def test_an_unknown_gpu_has_defaults(arch):
     for m in (1, 100, 5000):
         for dtype in (F32, BF16):
             assert tiles(arch, m, dtype).rows > 0
-            for tail in (False, True):
-                assert _gpu_linear.default(arch, m, dtype, tail, every) == "cuda"
+            for rank in (0, 16):
+                problem = _gpu_choice.Problem("y", m, 64, 64, rank, dtype, torch.device("cpu"))
+                assert _gpu_choice.default(arch, problem, every) == "cuda"
                 del every["cuda"]
-                assert _gpu_linear.default(arch, m, dtype, tail, every) in every
+                assert _gpu_choice.default(arch, problem, every) in every
                 every["cuda"] = None
 
 
