@@ -96,6 +96,7 @@ bool has(const std::string& name) {
   if (name == "lora_shrink") return k.lora_shrink;
   if (name == "lora_ds_db") return k.lora_ds_db;
   if (name == "lora_da") return k.lora_da;
+  if (name == "dora_norm") return k.dora_norm;
   if (name == "cross_entropy") return k.cross_entropy;
   if (name == "cross_entropy_backward") return k.cross_entropy_backward;
   if (name == "dropout") return k.dropout;
@@ -200,6 +201,13 @@ void bind_lora(py::module_& m) {
     const Matrix in = matrix(x);
     py::gil_scoped_release no_gil;
     run(in, rows, k, pointer<float>(ds), rank, dropout_of(drop), pointer<float>(dA));
+  });
+  m.def("dora_norm", [](const std::optional<Weight4bitArg>& w4, const DenseArg& dense, int64_t n, int64_t k,
+                        Address lora_A, Address lora_B, int64_t rank, float scale, Address norm) {
+    const auto run = built(kernels().dora_norm, "dora_norm");
+    with_weight(w4, dense, [&](const Weight& w) {
+      run(w, n, k, pointer<float>(lora_A), pointer<float>(lora_B), rank, scale, pointer<float>(norm));
+    });
   });
   m.def("dropout", [](const MatrixArg& x, int64_t rows, int64_t k, const DropoutArg& drop, const MatrixArg& out) {
     const auto run = built(kernels().dropout, "dropout");

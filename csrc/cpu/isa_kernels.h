@@ -25,6 +25,7 @@ Function<decltype(Kernels::linear_4bit_int16)> linear_4bit_int16;
 Function<decltype(Kernels::lora_shrink)> lora_shrink;
 Function<decltype(Kernels::lora_ds_db)> lora_ds_db;
 Function<decltype(Kernels::lora_da)> lora_da;
+Function<decltype(Kernels::dora_norm)> dora_norm;
 Function<decltype(Kernels::cross_entropy)> cross_entropy;
 Function<decltype(Kernels::cross_entropy_backward)> cross_entropy_backward;
 Function<decltype(Kernels::dropout)> dropout;

@@ -90,6 +90,9 @@ struct Kernels {
   // dA [r, K] = ds [M, r]^T . drop(x [M, K])
   void (*lora_da)(const Matrix& x, int64_t m, int64_t k, const float* ds, int64_t rank, const Dropout& dropout,
                   float* dA);
+  // norm [N] = || W [N, K] + scale * lora_B [N, r] . lora_A [r, K] || by rows
+  void (*dora_norm)(const Weight& w, int64_t n, int64_t k, const float* lora_A, const float* lora_B, int64_t rank,
+                    float scale, float* norm);
   // loss [M] and lse [M] (log-sum-exp) of logits [M, V]; both 0 in rows whose target is ignore_index. Returns the first
   // row with any other target outside [0, V), before anything is written, or -1.
   int64_t (*cross_entropy)(const Matrix& logits, int64_t m, int64_t v, const int64_t* target, int64_t ignore_index,

@@ -22,6 +22,7 @@ const Kernels table = {
     /*lora_shrink=*/lora_shrink,
     /*lora_ds_db=*/lora_ds_db,
     /*lora_da=*/lora_da,
+    /*dora_norm=*/dora_norm,
     /*cross_entropy=*/cross_entropy,
     /*cross_entropy_backward=*/cross_entropy_backward,
     /*dropout=*/dropout,

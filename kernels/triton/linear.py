@@ -116,6 +116,7 @@ def _linear(
     bias,
     col_scale,
     seed,
+    z,
     y,
     M,
     N,
@@ -134,6 +135,8 @@ def _linear(
     TAIL: tl.constexpr,
     BIAS: tl.constexpr,
     COL_SCALE: tl.constexpr,
+    KEEP: tl.constexpr,
+    ADD: tl.constexpr,
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -165,10 +168,12 @@ def _linear(
             acc = tl.dot(left, right, acc, input_precision="ieee")
             x_at += DEPTH
             w_at += DEPTH * stride_wk
-    else:
-        acc += tl.load(target, mask=inside, other=0.0).to(tl.float32)
+    if KEEP:
+        tl.store(z + row[:, None] * N + col[None, :], acc.to(z.dtype.element_ty), mask=inside)
     if COL_SCALE:
         acc *= tl.load(col_scale + col, mask=col_valid, other=0.0)[None, :]
+    if ADD:
+        acc += tl.load(target, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         acc += tl.load(bias + col, mask=col_valid, other=0.0)[None, :]
     tl.store(target, acc.to(y.dtype.element_ty), mask=inside)
@@ -200,12 +205,14 @@ def launch_linear(
     bias: torch.Tensor | None = None,
     col_scale: torch.Tensor | None = None,
     dropout: Dropout | None = None,
+    z: torch.Tensor | None = None,
+    add: bool = False,
 ) -> None:
-    """y = col_scale * (x w^T + drop(tail)) + bias; without x and w: y is added to instead.
+    """y = col_scale * (x w^T + drop(tail)) + bias; with `add`, or without x and w, added to y.
 
     x: [M, K], rows contiguous; w: [N, K] with any strides, in x's dtype (dX passes its W
     transposed); y: [M, N], rows contiguous, fp32, fp16 or bf16; bias, col_scale: fp32 [N],
-    contiguous.
+    contiguous; z: [M, N], contiguous, gets what col_scale multiplies.
     """
     m, n = y.shape
     if m == 0 or n == 0:
@@ -221,6 +228,7 @@ def launch_linear(
         y if bias is None else bias,
         y if col_scale is None else col_scale,
         y if dropout is None else dropout.seed,
+        y if z is None else z,
         y,
         m,
         n,
@@ -239,6 +247,8 @@ def launch_linear(
         TAIL=tail is not None,
         BIAS=bias is not None,
         COL_SCALE=col_scale is not None,
+        KEEP=z is not None,
+        ADD=add or not base,
         DROPOUT=dropout is not None,
         ALIGNED=bool(quads),
         ROWS=shape.rows,

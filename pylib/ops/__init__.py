@@ -16,6 +16,7 @@ from fusetune.ops._registry import (
 )
 from fusetune.ops.cross_entropy import cross_entropy
 from fusetune.ops.dequantize_4bit import dequantize_4bit
+from fusetune.ops.dora_linear import dora_linear
 from fusetune.ops.dora_norm import dora_norm
 from fusetune.ops.linear_4bit import linear_4bit
 from fusetune.ops.lora_linear import lora_linear
@@ -28,6 +29,7 @@ __all__ = [
     "cross_entropy",
     "decode_int16",
     "dequantize_4bit",
+    "dora_linear",
     "dora_norm",
     "linear_4bit",
     "lora_linear",

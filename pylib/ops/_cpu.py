@@ -117,10 +117,11 @@ def linear(
     bias: torch.Tensor | None,
     tail: tuple[int, int, int, float] | None,
     int16: bool,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """rows [M, K] . w^T + bias (+ tail), in rows' dtype. bias: fp32, contiguous."""
+    """rows [M, K] . w^T + bias (+ tail), in `dtype` or rows'. bias: fp32, contiguous."""
     m, k = rows.shape
-    y = empty(m, n, dtype=rows.dtype)
+    y = empty(m, n, dtype=dtype or rows.dtype)
     quantized, dense = weight(w)
     address = 0 if bias is None else bias.data_ptr()
     c = kernels()

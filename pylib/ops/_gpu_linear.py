@@ -13,7 +13,7 @@ Which one: `_gpu_choice`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,14 @@ Tail = tuple[Tensor, Tensor, float]
 Mask = tuple[float, Tensor]  # dropout's probability and seed, of dX's tail
 
 
+class Scale(NamedTuple):
+    """DoRA's: y = factor (x W^T + tail) + bias."""
+
+    factor: Tensor  # fp32 [N], contiguous
+    z: Tensor | None = None  # [M, N], contiguous: x W^T + tail is written here too
+    add: Tensor | None = None  # [M, N], contiguous: y is added to it, in place, and it is returned
+
+
 # --- forward --------------------------------------------------------------------------------------
 
 
@@ -39,39 +47,44 @@ def linear(
     weight: Weight,
     bias: Tensor | None = None,
     tail: Tail | None = None,
-    col_scale: Tensor | None = None,
+    scale: Scale | None = None,
 ) -> Tensor:
-    """y [M, N] in rows' dtype. rows: [M, K], rows contiguous; weight: [N, K]; bias: fp32 [N].
-
-    col_scale: fp32 [N], multiplies x W^T + tail but not bias (DoRA).
-    """
+    """y [M, N] in rows' dtype. rows: [M, K], rows contiguous; weight: [N, K]; bias: fp32 [N]."""
     (m, k), n = rows.shape, weight.shape[0]
     if m == 0 or n == 0 or k == 0:
-        return _without_product(rows, n, bias)
+        return _without_product(rows, n, bias, scale)
     ways: Ways = {}
-    if _cuda_takes(m, n, k, rows.dtype, weight) and col_scale is None:
+    if _cuda_takes(m, n, k, rows.dtype, weight) and scale is None:
         ways["cuda"] = lambda: _cuda.linear_4bit(rows, weight, bias, tail)  # type: ignore[arg-type]
     if _triton_takes(rows, weight):
-        ways["triton"] = lambda: _triton_linear(rows, _dense(weight, rows), bias, tail, col_scale)
-    ways["addmm"] = lambda: _addmm(rows, _dense(weight, rows), bias, tail, col_scale)
-    if _augments(weight, k, tail) and col_scale is None and _triton_takes(rows, weight):
+        ways["triton"] = lambda: _triton_linear(rows, _dense(weight, rows), bias, tail, scale)
+    ways["addmm"] = lambda: _addmm(rows, _dense(weight, rows), bias, tail, scale)
+    if _augments(weight, k, tail) and scale is None and _triton_takes(rows, weight):
         ways["augmented"] = lambda: _augmented(rows, weight, bias, tail)  # type: ignore[arg-type]
-    problem = Problem("y", m, n, k, _rank(tail), rows.dtype, rows.device)
+    what = "y" if scale is None else "y scaled"  # fewer ways, and so another choice
+    problem = Problem(what, m, n, k, _rank(tail), rows.dtype, rows.device)
     return choose(problem, ways)()
 
 
-def _without_product(rows: Tensor, n: int, bias: Tensor | None) -> Tensor:
+def _without_product(rows: Tensor, n: int, bias: Tensor | None, scale: Scale | None) -> Tensor:
     y = torch.zeros(rows.shape[0], n, dtype=rows.dtype, device=rows.device)
+    if scale is not None and scale.z is not None:
+        scale.z.zero_()
+    if scale is not None and scale.add is not None:
+        y = scale.add
     return y if bias is None else y.add_(bias)
 
 
 def _triton_linear(
-    rows: Tensor, w: Tensor, bias: Tensor | None, tail: Tail | None, col_scale: Tensor | None
+    rows: Tensor, w: Tensor, bias: Tensor | None, tail: Tail | None, scale: Scale | None
 ) -> Tensor:
     from fusetune._triton.linear import Tail as KernelTail
     from fusetune._triton.linear import launch_linear
 
-    y = torch.empty(rows.shape[0], w.shape[0], dtype=rows.dtype, device=rows.device)
+    factor, z, y = scale or (None, None, None)
+    add = y is not None
+    if y is None:
+        y = torch.empty(rows.shape[0], w.shape[0], dtype=rows.dtype, device=rows.device)
     with _triton.on(y.device):
         launch_linear(
             rows,
@@ -80,20 +93,24 @@ def _triton_linear(
             arch=_triton.capability(y.device),
             tail=None if tail is None else KernelTail(*tail),
             bias=bias,
-            col_scale=col_scale,
+            col_scale=factor,
+            z=z,
+            add=add,
         )
     return y
 
 
 def _addmm(
-    rows: Tensor, w: Tensor, bias: Tensor | None, tail: Tail | None, col_scale: Tensor | None
+    rows: Tensor, w: Tensor, bias: Tensor | None, tail: Tail | None, scale: Scale | None
 ) -> Tensor:
     y = rows @ w.T
     if tail is not None:
         s, b, scaling = tail
         y.addmm_(s.to(y.dtype), b.to(y.dtype).T, alpha=scaling)
-    if col_scale is not None:
-        y.mul_(col_scale)
+    if scale is not None:
+        if scale.z is not None:
+            scale.z.copy_(y)
+        y = y.mul_(scale.factor) if scale.add is None else scale.add.addcmul_(y, scale.factor)
     return y if bias is None else y.add_(bias)
 
 

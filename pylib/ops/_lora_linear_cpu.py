@@ -12,7 +12,7 @@ Tensor = torch.Tensor
 _NATIVE_BF16: bool = torch.cpu._is_avx512_bf16_supported()
 
 
-def _torch_multiplies(rows: Tensor, weight: Weight) -> bool:
+def torch_multiplies(rows: Tensor, weight: Weight) -> bool:
     """Whether the dense base matmul is left to torch.
 
     It is where the CPU multiplies bfloat16 natively, which our kernels, summing in fp32, do not
@@ -29,7 +29,7 @@ def _torch_multiplies(rows: Tensor, weight: Weight) -> bool:
     return rows.dtype == torch.float32 and rows.shape[0] == 1
 
 
-def _with_contiguous_rows(weight: Weight) -> Weight:
+def with_contiguous_rows(weight: Weight) -> Weight:
     """A copy of a dense weight where kernels cannot read it in place; itself otherwise."""
     if not isinstance(weight, Tensor):
         return weight
@@ -45,7 +45,7 @@ def _sum_biases(bias: Tensor | None, lora_bias: Tensor | None, scaling: float) -
     return scaled if bias is None else scaled + _cpu.fp32(bias)
 
 
-def _shrink(rows: Tensor, lora_A: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def shrink(rows: Tensor, lora_A: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """s = drop(rows) lora_A^T, fp32 [M, r]."""
     m, k = rows.shape
     r = lora_A.shape[0]
@@ -69,16 +69,16 @@ def _forward(
     int16: bool,
 ) -> tuple[Tensor, Tensor]:
     a, b = _cpu.fp32(lora_A), _cpu.fp32(lora_B)
-    s = _shrink(rows, a, dropout_p, seed)
+    s = shrink(rows, a, dropout_p, seed)
     n, r = b.shape
     tail = (s.data_ptr(), b.data_ptr(), r, scaling)
-    if isinstance(weight, Tensor) and _torch_multiplies(rows, weight):
+    if isinstance(weight, Tensor) and torch_multiplies(rows, weight):
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
         # The tail in fp32, as in PEFT: addmm would round s and lora_B to 16 bits.
         scaled = _sum_biases(None, lora_bias, scaling)
         return y.add_(_cpu.linear(s[:, :0], weight, n, scaled, tail, False)), s
     both = _sum_biases(bias, lora_bias, scaling)
-    return _cpu.linear(rows, _with_contiguous_rows(weight), n, both, tail, int16), s
+    return _cpu.linear(rows, with_contiguous_rows(weight), n, both, tail, int16), s
 
 
 def _backward(
@@ -95,34 +95,43 @@ def _backward(
     need_dA: bool,
     need_dB: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    a, b = _cpu.fp32(lora_A), _cpu.fp32(lora_B)
-    (m, n), k, r = dy.shape, rows.shape[1], a.shape[0]
-    c = _cpu.kernels()
-    dropout = _cpu.dropout(dropout_p, seed)
+    ds, dB = ds_db(dy, _cpu.fp32(lora_B), s, scaling)
+    grad_x = dA = None
+    if need_dA:
+        dA = da(rows, ds, dropout_p, seed).to(lora_A.dtype)
+    if need_dx:
+        grad_x = dx(dy, weight, ds, _cpu.fp32(lora_A), _cpu.dropout(dropout_p, seed))
+    return grad_x, dA, dB.to(lora_B.dtype) if need_dB else None
+
+
+def ds_db(dy: Tensor, lora_B: Tensor, s: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """dS = scaling dy lora_B [M, r] and dB = scaling dy^T s [N, r], fp32."""
+    (m, n), r = dy.shape, lora_B.shape[1]
     ds = _cpu.empty(m, r, dtype=torch.float32)
     dB = _cpu.empty(n, r, dtype=torch.float32)
-    c.lora_ds_db(
-        _cpu.matrix(dy), m, n, b.data_ptr(), s.data_ptr(), r, scaling, ds.data_ptr(), dB.data_ptr()
-    )
-    dx = dA = None
-    if need_dA:
-        dA = _cpu.empty(r, k, dtype=torch.float32)
-        c.lora_da(_cpu.matrix(rows), m, k, ds.data_ptr(), r, dropout, dA.data_ptr())
-        dA = dA.to(lora_A.dtype)
-    if need_dx:
-        dx = _dx(dy, weight, ds, a, dropout)
-    return dx, dA, dB.to(lora_B.dtype) if need_dB else None
+    pointers = lora_B.data_ptr(), s.data_ptr(), r, scaling, ds.data_ptr(), dB.data_ptr()
+    _cpu.kernels().lora_ds_db(_cpu.matrix(dy), m, n, *pointers)
+    return ds, dB
 
 
-def _dx(
+def da(rows: Tensor, ds: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """dA = dS^T drop(rows) [r, K], fp32."""
+    (m, k), r = rows.shape, ds.shape[1]
+    dA = _cpu.empty(r, k, dtype=torch.float32)
+    dropout = _cpu.dropout(p, seed)
+    _cpu.kernels().lora_da(_cpu.matrix(rows), m, k, ds.data_ptr(), r, dropout, dA.data_ptr())
+    return dA
+
+
+def dx(
     dy: Tensor, weight: Weight, ds: Tensor, a: Tensor, dropout: tuple[int, int, float] | None
 ) -> Tensor:
     """dy W + drop'(ds lora_A), in dy's dtype."""
     n = dy.shape[1]
-    if isinstance(weight, Tensor) and _torch_multiplies(dy, weight):
+    if isinstance(weight, Tensor) and torch_multiplies(dy, weight):
         dx = dy @ weight
         return dx.add_(_kernel_dx(ds, weight, 0, ds, a, dropout))
-    return _kernel_dx(dy, _with_contiguous_rows(weight), n, ds, a, dropout)
+    return _kernel_dx(dy, with_contiguous_rows(weight), n, ds, a, dropout)
 
 
 def _kernel_dx(

@@ -40,7 +40,7 @@ class _Narrow(Protocol):
         ...
 
 
-class _ByTriton:
+class ByTriton:
     @staticmethod
     def shrink(rows: Tensor, lora_A: Tensor, p: float, seed: Tensor | None) -> Tensor:
         from fusetune._triton.lora_shrink import launch_lora_shrink
@@ -158,7 +158,7 @@ def _cuda_supports(case: Case) -> str | None:
 def _impls(function: Any) -> tuple[Impl, Impl]:
     # Triton before cuda: with it the base matmul still takes the CUDA kernels where they are best.
     return (
-        Impl("triton", partial(function, _ByTriton), _triton.supports, 20),
+        Impl("triton", partial(function, ByTriton), _triton.supports, 20),
         Impl("cuda", partial(function, _ByTorch), _cuda_supports, 15),
     )
 

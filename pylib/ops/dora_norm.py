@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusetune.ops import _check, _triton
+from fusetune.ops import _check, _cpu, _triton
 from fusetune.ops._registry import LIB, Case, Impl, Op, plain
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, flatten, unflatten
 from fusetune.quantized_weight import QuantizedWeight
@@ -72,6 +72,20 @@ def _triton_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float)
     return norm
 
 
+def _cpu_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    (n, r), k = lora_B.shape, lora_A.shape[1]
+    a, b = _cpu.fp32(lora_A), _cpu.fp32(lora_B)
+    norm = _cpu.empty(n, dtype=torch.float32)
+    if isinstance(weight, Tensor):
+        weight = weight.resolve_neg()
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    quantized, dense = _cpu.weight(weight)
+    _cpu.kernels().dora_norm(
+        quantized, dense, n, k, a.data_ptr(), b.data_ptr(), r, scaling, norm.data_ptr()
+    )
+    return norm
+
+
 def _supports(case: Case) -> str | None:
     # Dense weight and adapters may differ in dtype.
     if case.weight is not None and case.weight not in _triton.DTYPES:
@@ -82,6 +96,7 @@ def _supports(case: Case) -> str | None:
 OP = Op(
     "dora_norm",
     Impl("triton", _triton_norm, _supports, 20),
+    Impl("cpu", _cpu_norm, _cpu.supports("dora_norm"), 10),
     Impl("reference", reference.dora_norm, lambda case: None, 0),
 )
 

@@ -49,9 +49,9 @@ def lora_linear(
     do not fit, and for a weight that requires grad.
     """
     grad = torch.is_grad_enabled()
-    _check_arguments(x, weight, lora_A, lora_B, bias, lora_bias, dropout_p, grad)
+    check_arguments(x, weight, lora_A, lora_B, bias, lora_bias, dropout_p, grad)
     if isinstance(scaling, Tensor):
-        lora_B, lora_bias = _fold(scaling, x, lora_B, lora_bias)
+        lora_B, lora_bias = fold_scaling(scaling, x, lora_B, lora_bias)
         scaling = 1.0
     elif not isinstance(scaling, float | int):
         raise TypeError(f"scaling must be a number or a 0-d tensor, got {type(scaling).__name__}")
@@ -82,7 +82,7 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _fold(
+def fold_scaling(
     scaling: Tensor, x: Tensor, lora_B: Tensor, lora_bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Moves a tensor scaling into the small lora_B and lora_bias: the host never reads it."""
@@ -92,7 +92,7 @@ def _fold(
     return lora_B.to(acc) * scaling, None if lora_bias is None else lora_bias.to(acc) * scaling
 
 
-def _check_arguments(
+def check_arguments(
     x: Tensor,
     weight: Weight,
     lora_A: Tensor,
@@ -124,7 +124,7 @@ def _check_arguments(
     if isinstance(weight, Tensor):
         _check.check_float("weight", weight)
         if grad and weight.requires_grad:
-            raise ValueError("weight requires grad, but lora_linear treats it as frozen: detach it")
+            raise ValueError("weight requires grad, but it is treated as frozen: detach it")
     if weight.device != x.device:
         raise ValueError(f"weight is on {weight.device}, x on {x.device}: move one of them")
     if bias is not None:

@@ -145,6 +145,33 @@ Result check_linear_4bit_int16(const Kernels& kernels) {
   return result;
 }
 
+Result check_dora_norm(const Kernels& kernels) {
+  Result result;
+  for_linear_cases([&](int64_t, int64_t n, int64_t k, int64_t rank, Dtype dtype, const Weight& w,
+                       const Doubles& values, const std::string& name) {
+    if (rank == 0 || (w.quantized && dtype != Dtype::f32)) return;  // no adapter; the same weight again
+    const Floats A = random_floats(rank * k), B = random_floats(n * rank);
+    Floats norm(static_cast<size_t>(n));
+    kernels.dora_norm(w, n, k, A.data(), B.data(), rank, 0.5f, norm.data());
+    const Doubles a = doubles(A), b = doubles(B);
+    Doubles merged = values, magnitude(values.size()), exact;
+    for (size_t i = 0; i < values.size(); ++i) magnitude[i] = std::fabs(values[i]);
+    add_product(merged, magnitude, n, k, rank, {b, rank, 1}, {a, k, 1}, 0.5);
+    // An error in an element moves the norm by no more than itself times the element over the norm.
+    Doubles bound;
+    for (int64_t i = 0; i < n; ++i) {
+      double squares = 0, of_magnitudes = 0;
+      for (int64_t j = 0; j < k; ++j) {
+        const size_t at = static_cast<size_t>(i * k + j);
+        squares += merged[at] * merged[at], of_magnitudes += magnitude[at] * magnitude[at];
+      }
+      exact.push_back(std::sqrt(squares)), bound.push_back(std::sqrt(of_magnitudes));
+    }
+    compare(result, doubles(norm), exact, bound, std::sqrt(double(k + rank)), Dtype::f32, name);
+  });
+  return result;
+}
+
 struct LoraResults {
   Result shrink, ds, dB, dA, dropout;
 };
@@ -247,6 +274,7 @@ int check_table(const Kernels& kernels) {
   report("lora_ds_db: dB", lora.dB);
   report("lora_da", lora.dA);
   report("dropout", lora.dropout);
+  report("dora_norm", check_dora_norm(kernels));
   const CrossEntropyResults ce = check_cross_entropy(kernels);
   report("cross_entropy", ce.forward);
   report("cross_entropy_backward", ce.backward);

@@ -107,9 +107,15 @@ def test_masked_tail_added_to_the_vendors_matmul(triton_sim, monkeypatch, kind):
 def test_columns_can_be_scaled_before_the_bias(triton_sim):
     x, weight = torch.randn(5, 64), torch.randn(24, 64)
     s, b, bias, scale = torch.randn(5, 4), torch.randn(24, 4), torch.randn(24), torch.rand(24)
-    expected = (x @ weight.T + 0.5 * s @ b.T) * scale + bias
+    product, before = x @ weight.T + 0.5 * s @ b.T, torch.randn(5, 24)
     for way in (_gpu_linear._triton_linear, _gpu_linear._addmm):
-        assert_same(way(x, weight, bias, (s, b, 0.5), scale), expected)
+        y = way(x, weight, bias, (s, b, 0.5), _gpu_linear.Scale(scale))
+        assert_same(y, product * scale + bias)
+        z, added = torch.full((5, 24), torch.nan), before.clone()
+        y = way(x, weight, bias, (s, b, 0.5), _gpu_linear.Scale(scale, z, added))
+        assert y is added
+        assert_same(y, before + product * scale + bias)
+        assert_same(z, product)
 
 
 def test_a_measured_choice_is_kept_and_used(triton_sim, choices, monkeypatch):
