@@ -23,7 +23,7 @@ constexpr int kTileColumns = 8;  // every tile's columns divide this
 
 // What a tile does besides: nothing, or a step of decode_beside.h's decoding for every kRun / 8 elements of its depth.
 // The FMAs that wait for their turn leave the other ports idle, so a few instructions between them cost next to none.
-constexpr int kRun = 32;
+constexpr int kRun = 64;
 struct Nothing {
   void step() const {}
 };
@@ -67,7 +67,7 @@ __attribute__((noinline)) static void tile(const float* left, const float* right
     Beside own = beside;  // in registers
     for (int64_t d = 0; d < depth; d += between) {
       own.step();
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < between; ++j) multiply();
     }
     beside = own;
