@@ -14,6 +14,7 @@ from fusetune.ops._registry import (
     set_decode_int16,
     use_backend,
 )
+from fusetune.ops.bottleneck import bottleneck
 from fusetune.ops.cross_entropy import cross_entropy
 from fusetune.ops.dequantize_4bit import dequantize_4bit
 from fusetune.ops.dora_linear import dora_linear
@@ -26,6 +27,7 @@ __all__ = [
     "OPS",
     "Case",
     "backend",
+    "bottleneck",
     "cross_entropy",
     "decode_int16",
     "dequantize_4bit",
