@@ -178,7 +178,9 @@ def _row(name: str, module: Any, fused_classes: set[type[Any]]) -> Row | None:
     kind: Any = type(module)
     if kind in fused_classes:
         reason = module.fused_reason()
-        return Row(name, kind.method, module.fused_carrier()[0], reason)
+        return Row(
+            name, getattr(module, "present_method", kind.method), module.fused_carrier()[0], reason
+        )
     fused_class = _swaps().get(kind)
     if fused_class is not None:
         own = "forward" in module.__dict__

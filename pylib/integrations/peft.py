@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
+from peft.tuners.lora import dora
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -33,6 +35,11 @@ class Adapter(NamedTuple):
     lora_bias: torch.Tensor | None
     scaling: float | torch.Tensor
     dropout_p: float  # 0 in evaluation
+    magnitude: torch.Tensor | None  # DoRA's
+
+    @property
+    def op(self) -> str:
+        return "lora_linear" if self.magnitude is None else "dora_linear"
 
 
 def active_adapter(layer: Any) -> Adapter | str:
@@ -48,8 +55,9 @@ def active_adapter(layer: Any) -> Adapter | str:
     if len(names) != 1:
         return f"{len(names)} active adapters" if names else "no active adapter"
     name = names[0]
-    if name in layer.lora_variant:
-        return f"{type(layer.lora_variant[name]).__name__} is not fused"
+    magnitude = dora_magnitude(layer, name) if name in layer.lora_variant else None
+    if isinstance(magnitude, str):
+        return magnitude
     lora_A, lora_B = in_layer[name], modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
     dropout_kind = nn.Dropout if type(dropout) is nn.Dropout else nn.Identity
@@ -65,14 +73,40 @@ def active_adapter(layer: Any) -> Adapter | str:
         return f"lora_A is {weight_A.dtype}, lora_B {weight_B.dtype}"
     if lora_A._parameters.get("bias") is not None:
         return "lora_A has a bias"
+    lora_bias = lora_B._parameters.get("bias")
+    if magnitude is not None and lora_bias is not None:
+        return "lora_B has a bias beside DoRA"
+    # PEFT's DoRA drops nothing while the layer is in evaluation, whatever its dropout is in.
     active = dropout_kind is nn.Dropout and dropout.training
-    return Adapter(
-        weight_A,
-        weight_B,
-        lora_B._parameters.get("bias"),
-        layer.scaling[name],
-        dropout.p if active else 0.0,
-    )
+    active = active and (magnitude is None or layer.training)
+    p = dropout.p if active else 0.0
+    return Adapter(weight_A, weight_B, lora_bias, layer.scaling[name], p, magnitude)
+
+
+def dora_magnitude(layer: Any, name: str) -> torch.Tensor | str:
+    """The magnitudes of a layer whose adapter `name` is a DoRA, or why PEFT has to carry it out."""
+    variant = type(layer.lora_variant[name])
+    if variant is not DoraLinearVariant:
+        return f"{variant.__name__} is not fused"
+    holder = layer._modules["lora_magnitude_vector"]._modules[name]
+    reason = module_reason(holder, "lora_magnitude_vector", dora.DoraLinearLayer)
+    if reason is not None:
+        return reason
+    if holder.fan_in_fan_out:
+        return "DoRA over a transposed weight"
+    if dora.ENABLE_DORA_CACHING and not holder.training:
+        return "PEFT's cache of DoRA's norms is switched on"
+    magnitude = holder._parameters.get("weight")
+    if type(magnitude) is not nn.Parameter or hasattr(magnitude, "ds_id"):
+        return f"DoRA's magnitude is not a plain parameter but {type(magnitude).__name__}"
+    return magnitude
+
+
+def present_method(layer: Any, method: str) -> str:
+    """`method`, or what it is with DoRA where the one active adapter is one; for reports."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    kinds = {type(layer.lora_variant.get(name)) for name in active}
+    return method.replace("LoRA", "DoRA") if kinds == {DoraLinearVariant} else method
 
 
 class FusedLinear(lora.Linear):
@@ -100,9 +134,9 @@ class FusedLinear(lora.Linear):
             self.cast_input_dtype_enabled or x.dtype == adapter.lora_A.dtype
         ):
             return super().forward(x)
-        if no_kernel("lora_linear", device, dtype, weight.dtype):
+        if no_kernel(adapter.op, device, dtype, weight.dtype):
             return super().forward(x)
-        return lora_linear(x.to(dtype), weight, bias, adapter)
+        return fused_linear(x.to(dtype), weight, bias, adapter)
 
     def _fused_adapter(self) -> Adapter | str:
         base: Any = self._modules["base_layer"]
@@ -123,13 +157,30 @@ class FusedLinear(lora.Linear):
     def fused_carrier(self) -> tuple[str, str | None]:
         """(backend, reason against it) for an input of the weight's dtype and device."""
         weight = self.weight
-        return carrier("lora_linear", weight.device.type, weight.dtype, weight.dtype)
+        op = "lora_linear" if self.present_method == self.method else "dora_linear"
+        return carrier(op, weight.device.type, weight.dtype, weight.dtype)
+
+    @property
+    def present_method(self) -> str:
+        """LoRA or DoRA, for the report."""
+        return present_method(self, self.method)
 
 
-def lora_linear(
+def fused_linear(
     x: torch.Tensor, weight: Any, bias: torch.Tensor | None, adapter: Adapter
 ) -> torch.Tensor:
-    """`ops.lora_linear` with the arguments of an adapter."""
+    """`ops.lora_linear` or `ops.dora_linear` with the arguments of an adapter."""
+    if adapter.magnitude is not None:
+        return ops.dora_linear(
+            x,
+            weight,
+            adapter.lora_A,
+            adapter.lora_B,
+            adapter.scaling,
+            adapter.magnitude,
+            bias=bias,
+            dropout_p=adapter.dropout_p,
+        )
     return ops.lora_linear(
         x,
         weight,

@@ -10,14 +10,14 @@ from torch import nn
 
 from fusetune.integrations._guards import call_reason, carrier, module_reason, no_kernel
 from fusetune.integrations.bitsandbytes import Linear4bit, dtype_fits
-from fusetune.integrations.peft import Adapter, active_adapter, lora_linear
+from fusetune.integrations.peft import Adapter, active_adapter, fused_linear, present_method
 
 
 class FusedLinear4bit(PeftLinear4bit):
     """`lora.bnb.Linear4bit` in one fused op.
 
-    Where the adapter cannot be fused (several adapters, DoRA, ...) PEFT's forward runs, with the
-    fused 4-bit matmul of the base layer.
+    Where the adapter cannot be fused (several adapters, another variant, ...) PEFT's forward runs,
+    with the fused 4-bit matmul of the base layer.
     """
 
     stock_class = PeftLinear4bit
@@ -37,10 +37,11 @@ class FusedLinear4bit(PeftLinear4bit):
             isinstance(weight, str)
             or not dtype_fits(x, device)
             or not (self.cast_input_dtype_enabled or x.dtype == adapter.lora_A.dtype)
-            or no_kernel("lora_linear", device, x.dtype)
+            or no_kernel(adapter.op, device, x.dtype)
+            or (adapter.magnitude is not None and widens(x))
         ):
             return super().forward(x)
-        return lora_linear(x, weight, base._parameters.get("bias"), adapter)
+        return fused_linear(x, weight, base._parameters.get("bias"), adapter)
 
     def _fused_adapter(self) -> Adapter | str:
         base: Any = self._modules["base_layer"]
@@ -57,7 +58,18 @@ class FusedLinear4bit(PeftLinear4bit):
 
     def fused_carrier(self) -> tuple[str, str | None]:
         """(backend, reason against it) for an fp32 input on the weight's device."""
-        return carrier("lora_linear", self.weight.device.type, torch.float32)
+        op = "lora_linear" if self.present_method == self.method else "dora_linear"
+        return carrier(op, self.weight.device.type, torch.float32)
+
+    @property
+    def present_method(self) -> str:
+        """LoRA or DoRA, for the report."""
+        return present_method(self, self.method)
+
+
+def widens(x: torch.Tensor) -> bool:
+    """Whether PEFT's DoRA gives fp32 for a 16-bit x: it does not convert back under autocast."""
+    return torch.is_autocast_enabled() and x.dtype != torch.float32
 
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {PeftLinear4bit: FusedLinear4bit}

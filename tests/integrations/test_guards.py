@@ -35,7 +35,7 @@ def assert_stock(stock, fused, calls, *args, dtype=torch.float32, **kwargs):
     x = torch.randn(3, 64, dtype=dtype)
     expected = stock.get_submodule(PATH)(x, *args, **kwargs)
     assert torch.equal(fused.get_submodule(PATH)(x, *args, **kwargs), expected)
-    assert "lora_linear" not in calls
+    assert not {"lora_linear", "dora_linear"} & set(calls)
 
 
 def double_output(module, args, output):
@@ -143,6 +143,26 @@ def adapter_of_other_layers(model):
     model.set_adapter("second")
 
 
+def another_variant(model):
+    class Variant:
+        @staticmethod
+        def forward(module, active_adapter, x, result, **kwargs):
+            return result + 1
+
+    layer(model).lora_variant[NAME] = Variant()
+
+
+def hook_on_magnitude(model):
+    dora(model)
+    vector = layer(model).lora_magnitude_vector["second"]
+    vector.register_forward_hook(double_output)
+
+
+def dora_with_a_bias_of_lora_B(model):
+    dora(model)
+    layer(model).lora_B["second"].bias = nn.Parameter(torch.ones(128))
+
+
 def dora(model):
     config = LoraConfig(r=2, target_modules=["gate_proj"], use_dora=True, init_lora_weights=False)
     torch.manual_seed(1)
@@ -177,7 +197,9 @@ BOTH = [
     (merged, "the adapter is merged"),
     (two_active_adapters, "2 active adapters"),
     (adapter_of_other_layers, "no active adapter"),
-    (dora, "DoraLinearVariant is not fused"),
+    (another_variant, "Variant is not fused"),
+    (hook_on_magnitude, "lora_magnitude_vector has hooks"),
+    (dora_with_a_bias_of_lora_B, "lora_B has a bias beside DoRA"),
 ]
 DENSE = [
     (own_forward_of_base, "base_layer has a forward of its own"),
