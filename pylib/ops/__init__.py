@@ -14,6 +14,7 @@ from fusetune.ops._registry import (
     set_decode_int16,
     use_backend,
 )
+from fusetune.ops.adapter_fusion import adapter_fusion
 from fusetune.ops.bottleneck import bottleneck
 from fusetune.ops.cross_entropy import cross_entropy
 from fusetune.ops.dequantize_4bit import dequantize_4bit
@@ -26,6 +27,7 @@ from fusetune.ops.quantize_4bit import quantize_4bit
 __all__ = [
     "OPS",
     "Case",
+    "adapter_fusion",
     "backend",
     "bottleneck",
     "cross_entropy",

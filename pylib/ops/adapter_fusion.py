@@ -1,0 +1,248 @@
+"""adapter_fusion: attention over the outputs of N adapters, token by token.
+
+Neither keys nor values are projected: the key's weight is folded into the query, and the value's
+applied to the weighted sum. That leaves two matmuls, one of them by W_q^T W_k, or three where there
+are fewer rows than columns, instead of 1 + 2 N; and no tensor of the size of the values is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+from torch.nn import functional
+
+from fusetune.ops import _check
+from fusetune.ops._fusion_attend import attend
+from fusetune.reference.dropout import new_seed
+from fusetune.reference.linear_4bit import accumulate_dtype
+
+Tensor = torch.Tensor
+Values = Tensor | Sequence[Tensor]
+
+
+@overload
+def adapter_fusion(
+    query: Tensor,
+    values: Values,
+    query_weight: Tensor | None,
+    query_bias: Tensor | None,
+    key_weight: Tensor | None,
+    key_bias: Tensor | None,
+    value_weight: Tensor | None = ...,
+    *,
+    temperature: float = ...,
+    dropout_p: float = ...,
+    training: bool = ...,
+    residual: Tensor | None = ...,
+    return_attention: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def adapter_fusion(
+    query: Tensor,
+    values: Values,
+    query_weight: Tensor | None,
+    query_bias: Tensor | None,
+    key_weight: Tensor | None,
+    key_bias: Tensor | None,
+    value_weight: Tensor | None = ...,
+    *,
+    temperature: float = ...,
+    dropout_p: float = ...,
+    training: bool = ...,
+    residual: Tensor | None = ...,
+    return_attention: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def adapter_fusion(
+    query: Tensor,
+    values: Values,
+    query_weight: Tensor | None,
+    query_bias: Tensor | None,
+    key_weight: Tensor | None,
+    key_bias: Tensor | None,
+    value_weight: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    residual: Tensor | None = None,
+    return_attention: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """AdapterFusion (Pfeiffer et al. 2021, arXiv:2005.00247), with the key and value folded away.
+
+    query: [..., H]; values: [N, ..., H], or N tensors [..., H], which need not be stacked then;
+    query_weight, key_weight: [D, H], biases [D]; value_weight: [H, H]; residual: [..., H]. Each
+    float16, bfloat16, float32 or float64, values all the same. A weight of None is the identity.
+
+        out = residual + sum_i p_i values_i value_weight^T
+        p = softmax_i(drop(s_i) / temperature)
+        s_i = (query query_weight^T + query_bias) . (values_i key_weight^T + key_bias)
+
+    With `training` and dropout_p > 0 scores are dropped out, with a seed from torch's generator.
+    Returns out [..., H] in values' dtype; with return_attention also p [..., N], fp32 (float64 for
+    float64), which carries no gradient.
+
+    Differentiable, once, in all tensors. key_bias shifts all scores of a token alike: without
+    dropout its gradient is zero. Raises TypeError or ValueError, naming the argument, for shapes,
+    dtypes, devices or values that do not fit. Definition: reference/adapter_fusion.py.
+    """
+    parts = _stacks(values)
+    _check_arguments(query, parts, residual, temperature, dropout_p)
+    _check_weights(query, query_weight, query_bias, key_weight, key_bias, value_weight)
+    h = query.shape[-1]
+    rows = query.reshape(-1, h)
+    seed = new_seed(query.device) if training and dropout_p > 0 else None
+    g = _folded_query(rows, query_weight, query_bias, key_weight, key_bias)
+    if g.dtype != parts[0].dtype:
+        g = g.to(accumulate_dtype(torch.promote_types(g.dtype, parts[0].dtype)))
+    offset = None
+    if seed is not None and key_bias is not None:
+        offset = _key_bias_scores(rows, query_weight, query_bias, key_bias).to(
+            accumulate_dtype(g.dtype)
+        )
+    stacks = [part.reshape(len(part), -1, h) for part in parts]
+    ctx, p = attend(g, stacks, offset, float(temperature), float(dropout_p), seed)
+    out = _output(ctx, value_weight, None if residual is None else residual.reshape(-1, h))
+    out = out.to(parts[0].dtype).view(query.shape)
+    return (out, p.view(*query.shape[:-1], -1)) if return_attention else out
+
+
+def _stacks(values: Values) -> list[Tensor]:
+    """values as tensors [n, ..., H], without a copy."""
+    if isinstance(values, Tensor):
+        if values.dim() < 2:
+            raise ValueError(f"values must have shape [N, ..., H], got {list(values.shape)}")
+        return [values]
+    if not isinstance(values, Sequence):
+        raise TypeError(f"values must be a tensor or tensors, got {type(values).__name__}")
+    for i, part in enumerate(values):
+        _check.check_float(f"values[{i}]", part)
+    return [part.unsqueeze(0) for part in values]
+
+
+# --- the matmuls, in torch ---- -------------------------------------------------------------------
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias in the wider of their dtypes: fp32 weights stay fp32 beside a 16-bit x."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return functional.linear(
+        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    )
+
+
+def _folded_query(
+    rows: Tensor,
+    query_weight: Tensor | None,
+    query_bias: Tensor | None,
+    key_weight: Tensor | None,
+    key_bias: Tensor | None,
+) -> Tensor:
+    """g = (rows W_q^T + b_q) W_k, [M, H]."""
+    if key_weight is None:
+        return rows if query_weight is None else _linear(rows, query_weight, query_bias)
+    # The key's bias takes no part here, but as a parameter it has a gradient, of zeros.
+    nothing = None if key_bias is None else (key_bias * 0).sum().expand(key_weight.shape[1])
+    if query_weight is None:
+        return _linear(rows, key_weight.T, nothing)
+    (m, h), d = rows.shape, len(key_weight)
+    if 2 * m * d <= m * h + h * d:  # fewer rows than columns: two thin matmuls cost less
+        return _linear(_linear(rows, query_weight, query_bias), key_weight.T, nothing)
+    folded = _linear(key_weight.T, query_weight.T, None)
+    bias = nothing if query_bias is None else _linear(query_bias, key_weight.T, nothing)
+    return _linear(rows, folded, bias)
+
+
+def _key_bias_scores(
+    rows: Tensor, query_weight: Tensor | None, query_bias: Tensor | None, key_bias: Tensor
+) -> Tensor:
+    """(rows W_q^T + b_q) . b_k, [M]."""
+    if query_weight is None:
+        return _linear(rows, key_bias[None], None).squeeze(1)
+    weight = _linear(key_bias[None], query_weight.T, None)
+    bias = None if query_bias is None else _linear(query_bias, key_bias[None], None)
+    return _linear(rows, weight, bias).squeeze(1)
+
+
+def _output(ctx: Tensor, value_weight: Tensor | None, residual: Tensor | None) -> Tensor:
+    """ctx W_v^T + residual."""
+    if value_weight is None:
+        return ctx if residual is None else ctx + residual
+    if residual is None:
+        return _linear(ctx, value_weight, None)
+    dtype = torch.promote_types(ctx.dtype, value_weight.dtype)
+    return torch.addmm(residual.to(dtype), ctx.to(dtype), value_weight.to(dtype).T)
+
+
+# --- arguments ---- -------------------------------------------------------------------------------
+
+
+def _check_arguments(
+    query: Tensor,
+    parts: list[Tensor],
+    residual: Tensor | None,
+    temperature: float,
+    dropout_p: float,
+) -> None:
+    _check.check_float("query", query)
+    if query.dim() == 0 or query.shape[-1] == 0:
+        raise ValueError(f"query must have shape [..., H] with H > 0, got {list(query.shape)}")
+    if not parts or not len(parts[0]):
+        raise ValueError("values must hold at least one adapter's output, got none")
+    for part in parts:
+        _check.check_float("values", part)
+        if part.shape[1:] != query.shape:
+            raise ValueError(
+                f"values must have shape {['N', *query.shape]} (or be N tensors "
+                f"{list(query.shape)}), got {[len(part), *part.shape[1:]]}"
+            )
+        if part.dtype != parts[0].dtype:
+            raise TypeError(f"values must be of one dtype, got {parts[0].dtype} and {part.dtype}")
+        if part.device != query.device:
+            raise ValueError(f"values are on {part.device}, query on {query.device}: move one")
+    if residual is not None:
+        _check.check_float("residual", residual)
+        _check.check_shape("residual", residual, tuple(query.shape))
+        _check_device("residual", residual, query)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+
+
+def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move one")
+
+
+def _check_weights(
+    query: Tensor,
+    query_weight: Tensor | None,
+    query_bias: Tensor | None,
+    key_weight: Tensor | None,
+    key_bias: Tensor | None,
+    value_weight: Tensor | None,
+) -> None:
+    h = query.shape[-1]
+    named = {"query_weight": query_weight, "key_weight": key_weight, "value_weight": value_weight}
+    both = query_weight is not None and key_weight is not None
+    d = query_weight.shape[:1].numel() if both and query_weight is not None else h
+    for name, weight in named.items():
+        if weight is None:
+            continue
+        _check.check_float(name, weight)
+        _check.check_shape(name, weight, (h if name == "value_weight" else d, h))
+        _check_device(name, weight, query)
+    for name, bias in (("query", query_bias), ("key", key_bias)):
+        if bias is None:
+            continue
+        if named[f"{name}_weight"] is None:
+            raise ValueError(f"{name}_bias is given, but {name}_weight is None")
+        _check.check_float(f"{name}_bias", bias)
+        _check.check_shape(f"{name}_bias", bias, (d,))
+        _check_device(f"{name}_bias", bias, query)
