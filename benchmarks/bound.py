@@ -3,6 +3,7 @@
     python -m benchmarks.bound                   every launch on every card, and the sums
     python -m benchmarks.bound --markdown        the README's tables
     python -m benchmarks.bound --json PATH       the numbers: benchmarks/results/predicted.json
+    python -m benchmarks.bound --rows            up to how many rows to multiply with the packed W
 
 One linear layer, 4096 x 4096 in NF4 with nested statistics, r = 16, 16-bit activations and adapter.
 A launch takes at least as long as each resource it uses: memory, tensor cores, fp32 units, L1,
@@ -22,6 +23,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from tabulate import tabulate
@@ -32,10 +34,13 @@ from benchmarks.gpu_kernels import DROPOUT, RANK, weight
 from benchmarks.ledgers import SCHEMES, Layer, Operator, decode_and_multiply
 from benchmarks.recorder import Work, recorded
 from fusetune import ops
+from fusetune.ops import _cuda
+from fusetune.ops._gpu_choice import use_way
 
 SIZE = 4096
 ROWS = 4096
 FEW_ROWS = (1, 16, 64, 256)
+MORE_ROWS = (64, 128, 256, 512, 1024, 4096)
 
 
 class Bound(NamedTuple):
@@ -107,6 +112,38 @@ def total(bounds: Iterable[Bound]) -> tuple[int, float]:
     """(bytes, seconds) of all."""
     bounds = list(bounds)
     return sum(b.memory for b in bounds), sum(b.time for b in bounds)
+
+
+# --- for how many rows the kernels over the packed weight are used --------------------------------
+
+
+def by_rows(card: Card, rows: int, size: int = SIZE) -> dict[str, list[Bound]]:
+    """linear_4bit, forward and dX: straight from the packed weight, and decoded first."""
+    found = {}
+    for way in ("cuda", "addmm"):
+        with use_way(way), mock.patch.object(_cuda, "max_rows", return_value=rows):
+            found[way] = linear(card, rows, size)
+    return found
+
+
+def apart(bounds: Iterable[Bound]) -> float:
+    """Seconds if the two resources that a launch uses longest do not overlap at all."""
+    return sum(sum(sorted(b.seconds.values())[-2:]) for b in bounds)
+
+
+def rows_table(chosen: Iterable[Card], form: str = "simple") -> str:
+    """Microseconds at least, and within brackets where a kernel's two longest resources add up."""
+    rows = []
+    for card in chosen:
+        row: list[str] = [card.name, str(_cuda.max_rows(card.arch, card.dtype))]
+        for m in MORE_ROWS:
+            print(f"{card.name}: M {m}", file=sys.stderr)
+            packed, decoded = by_rows(card, m).values()
+            least, most = total(packed)[1], apart(packed)
+            row.append(f"{1e6 * least:.0f} ({1e6 * most:.0f}) : {1e6 * total(decoded)[1]:.0f}")
+        rows.append(row)
+    headers = ["packed : decoded", "limit", *(f"M = {m}" for m in MORE_ROWS)]
+    return str(tabulate(rows, headers=headers, tablefmt=form, disable_numparse=True))
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -216,8 +253,13 @@ def main() -> int:
     parser.add_argument("--card", choices=[card.name for card in CARDS], action="append")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--json", type=Path, help="writes the numbers there")
+    parser.add_argument("--rows", action="store_true", help="when to decode W first, by card")
     options = parser.parse_args()
-    result = predict(card for card in CARDS if not options.card or card.name in options.card)
+    chosen = [card for card in CARDS if not options.card or card.name in options.card]
+    if options.rows:
+        print(f"Predicted, not measured: microseconds.\n\n{rows_table(chosen)}")
+        return 0
+    result = predict(chosen)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.markdown:

@@ -129,7 +129,7 @@ def _shrink(
     seed, threshold, factor = _mask(p)
     loras = [tensor(RANK, k, dtype=adapter) for _ in range(count)]
     seeds = None if seed is None else [seed] * count
-    launch_lora_shrink(tensor(m, k), loras, seeds, threshold, factor)
+    launch_lora_shrink(tensor(m, k), loras, seeds, threshold, factor, arch=arch)
 
 
 def _ds_db(sizes: Sizes, arch: int, adapter: torch.dtype = torch.bfloat16) -> None:
@@ -138,7 +138,7 @@ def _ds_db(sizes: Sizes, arch: int, adapter: torch.dtype = torch.bfloat16) -> No
     m, n, _ = sizes
     s, ds = (tensor(m, RANK, dtype=torch.float32) for _ in range(2))
     b, db = (tensor(n, RANK, dtype=adapter) for _ in range(2))
-    launch_lora_ds_db(tensor(m, n), b, s, 2.0, ds, db)
+    launch_lora_ds_db(tensor(m, n), b, s, 2.0, ds, db, arch=arch)
 
 
 def _da(sizes: Sizes, arch: int, p: float = 0.0, adapter: torch.dtype = torch.bfloat16) -> None:
@@ -147,7 +147,7 @@ def _da(sizes: Sizes, arch: int, p: float = 0.0, adapter: torch.dtype = torch.bf
 
     m, _, k = sizes
     out, ds = tensor(RANK, k, dtype=adapter), tensor(m, RANK, dtype=torch.float32)
-    launch_lora_da(tensor(m, k), ds, out, *_mask(p), terms=terms(out, torch.bfloat16))
+    launch_lora_da(tensor(m, k), ds, out, *_mask(p), terms=terms(out, torch.bfloat16, arch))
 
 
 def _sum_parts(sizes: Sizes, arch: int) -> None:

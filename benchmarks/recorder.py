@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cards import Card
 from fusetune import ops
-from fusetune.ops import _triton
+from fusetune.ops import _cuda, _triton
 from fusetune.sim import Counts, cuda_sim
 from fusetune.sim.ptx import Program
 from fusetune.sim.run import accept_cpu_tensors
@@ -61,13 +61,13 @@ def recorded(card: Card) -> Iterator[list[Work]]:
     works: list[Work] = []
     arch = 75 if card.arch == 75 else 80  # what is executed; the host code sees card.arch
     with ExitStack() as stack:
-        if arch >= 80:
-            stack.enter_context(simulated_driver(arch))
+        stack.enter_context(simulated_driver(arch))
         stack.enter_context(cuda_sim(arch))
         stack.enter_context(accept_cpu_tensors("triton"))
         stack.enter_context(ops.use_backend("auto"))
         seen = lambda device=None: card.arch  # noqa: E731
         stack.enter_context(mock.patch.object(_triton, "capability", seen))
+        stack.enter_context(mock.patch.object(_cuda, "_capability", seen))
         stack.enter_context(mock.patch.object(Program, "launch", _sampling(works)))
         # Ops of ours go the way they go without a mode: what is inside them is noted.
         stack.enter_context(mock.patch("torch._C._len_torch_dispatch_stack", return_value=0))

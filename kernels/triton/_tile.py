@@ -30,8 +30,13 @@ def signed(threshold: int) -> int:
     return threshold - (1 << 32) if threshold >= 1 << 31 else threshold
 
 
-def terms(parameter: torch.Tensor, activations: torch.dtype) -> int:
-    """How many narrow numbers stand for one of `parameter` in `dot_wide`."""
+def terms(parameter: torch.Tensor, activations: torch.dtype, arch: int) -> int:
+    """How many narrow numbers stand for one of `parameter` in `dot_wide`.
+
+    0: Triton has no tensor cores for `arch`, and fp32 FMA does what is wanted.
+    """
+    if arch < 80:
+        return 0
     if parameter.dtype != torch.float32 or activations == torch.float32:
         return 1
     return 3 if activations == torch.bfloat16 else 2
@@ -62,9 +67,10 @@ def dot_wide(x, a, acc, TERMS: tl.constexpr):
 
     bf16 x: a is the sum of TERMS bf16 numbers, and every product is exact in fp32. fp16 x: as fp16
     has not a's range, both are TF32, which holds x exactly, and a is the sum of TERMS of those.
+    fp32 x, or TERMS 0: fp32 FMA.
     """
-    if x.dtype == tl.float32:
-        acc = tl.dot(x, a.to(tl.float32), acc, input_precision="ieee")
+    if x.dtype == tl.float32 or TERMS == 0:
+        acc = tl.dot(x.to(tl.float32), a.to(tl.float32), acc, input_precision="ieee")
     elif x.dtype == a.dtype:
         acc = tl.dot(x, a, acc)
     elif x.dtype == tl.float16:

@@ -56,7 +56,7 @@ def tiles(arch: int, m: int, dtype: torch.dtype, quads: bool | None = None) -> T
     """
     if dtype == torch.float32:
         return _FP32
-    if m <= 64 or quads is False:
+    if m <= 64 or quads is False or arch < 80:
         return _SMALL_OF.get(arch, _SMALL)
     known = arch if arch in _TABLE else 86
     return _TABLE[known] if quads is None else _MASKED.get(known, _TABLE[known])

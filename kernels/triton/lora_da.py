@@ -72,10 +72,12 @@ def _da(
     tl.store(out + at, acc, mask=col_valid[:, None] & rank_valid[None, :])
 
 
-def _tiles(x: torch.dtype, ranks: int, quads: bool | None) -> tuple[int, int, int, int]:
+def _tiles(x: torch.dtype, ranks: int, quads: bool | None, terms: int) -> tuple[int, int, int, int]:
     """(ROWS, COLS, warps, stages). quads: of a dropout, whether a counter serves four elements."""
     if x == torch.float32:
         return (32, 32, 4, 2) if ranks <= 64 else (16, 32, 8, 2)
+    if terms == 0:  # FMA
+        return 32 if quads is not False else 16, max(32, 2048 // ranks), 4 if ranks <= 64 else 8, 1
     rows = 64 if ranks <= 32 and quads is not False else 32
     return rows, 64, 4 if ranks <= 64 else 8, 3
 
@@ -100,7 +102,7 @@ def launch_lora_da(
         out.zero_()
         return
     quads = None if seed is None else k % 4 == 0
-    rows, cols, warps, stages = _tiles(x.dtype, rank_block(r), quads)
+    rows, cols, warps, stages = _tiles(x.dtype, rank_block(r), quads, terms)
     blocks = triton.cdiv(k, cols)
     parts, steps = splits(blocks, triton.cdiv(m, rows))
     shares = torch.empty(parts, r, k, dtype=torch.float32, device=x.device)

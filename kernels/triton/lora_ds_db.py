@@ -82,6 +82,8 @@ def _tiles(dy: torch.dtype, ranks: int, terms: int) -> tuple[int, int, int]:
     """(ROWS, COLS, warps): dB's columns fill the registers of a program, whatever the rank."""
     if dy == torch.float32:
         return (32, 32, 4) if ranks <= 64 else (16, 32, 8)
+    if terms == 0:  # FMA
+        return (32, 4096 // ranks, 8) if ranks <= 64 else (16, 32, 8)
     wide = (2 if dy == torch.bfloat16 else 4) if terms > 1 else 1 if dy == torch.bfloat16 else 2
     cols = min(512, max(32, 8192 // (ranks * wide)))
     return 32, cols, 8 if cols >= 256 or ranks >= 64 else 4
@@ -94,11 +96,13 @@ def launch_lora_ds_db(
     scaling: float,
     ds: torch.Tensor,
     db: torch.Tensor | None,
+    *,
+    arch: int = 80,
 ) -> None:
     """ds, fp32 [M, r], and db, [N, r] in any dtype; None: not needed.
 
     dy: [M, N], rows contiguous, fp32, fp16 or bf16; lora_B: [N, r], contiguous, any of these; s:
-    fp32 [M, r], contiguous.
+    fp32 [M, r], contiguous. arch: 75, 80, ..., the device's compute capability.
     """
     (m, n), r = dy.shape, lora_B.shape[1]
     if m == 0 or n == 0:
@@ -106,7 +110,7 @@ def launch_lora_ds_db(
         if db is not None:
             db.zero_()
         return
-    n_terms = terms(lora_B, dy.dtype)
+    n_terms = terms(lora_B, dy.dtype, arch)
     rows, cols, warps = _tiles(dy.dtype, rank_block(r), n_terms)
     blocks = triton.cdiv(n, cols)
     # Every share is written and read once more. Half as many programs as elsewhere, each with a

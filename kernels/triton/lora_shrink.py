@@ -144,6 +144,10 @@ def _tiles(x: torch.dtype, count: int, ranks: int, terms: int, quads: bool | Non
     """
     if x == torch.float32:
         return [32, 32, 4 if ranks * count <= 64 else 8, 2]
+    if terms == 0:  # FMA: as many rows as registers hold the sums of
+        wide = ranks * triton.next_power_of_2(count)
+        rows = max(32, (4096 if quads is None and wide <= 32 else 2048) // wide)
+        return [rows, 16, 4 if wide <= 128 else 8, 1]
     most = 128 if quads is None else 64 if quads else 32 if count == 1 else 16
     fits = 4096 // (ranks * terms * (2 if x == torch.float16 else 1))
     cols = min(most, max(32, 1 << fits.bit_length() - 1))
@@ -157,18 +161,20 @@ def launch_lora_shrink(
     seeds: Sequence[torch.Tensor] | None = None,
     threshold: int = 0,
     factor: float = 1.0,
+    *,
+    arch: int = 80,
 ) -> list[torch.Tensor]:
     """s = factor drop(x) A^T, fp32 [M, r], for every A [r, K] of `loras`.
 
     x: [M, K], rows contiguous, fp32, fp16 or bf16. A: contiguous, fp32, fp16 or bf16, all of one
     dtype. seeds: int64 [1] for every A; elements whose word is below threshold (32 bits) are
-    dropped.
+    dropped. arch: 75, 80, ..., the device's compute capability.
     """
     m, k = x.shape
     ranks = [a.shape[0] for a in loras]
     flat = torch.empty(m * sum(ranks), dtype=torch.float32, device=x.device)
     if m and k:
-        _launch(x, loras, seeds, threshold, factor, ranks, flat)
+        _launch(x, loras, seeds, threshold, factor, ranks, flat, arch)
     elif m:
         flat.zero_()
     parts = flat.split([m * r for r in ranks])
@@ -183,10 +189,11 @@ def _launch(
     factor: float,
     ranks: list[int],
     flat: torch.Tensor,
+    arch: int,
 ) -> None:
     (m, k), count = x.shape, len(loras)
     block = rank_block(max(ranks))
-    n_terms = terms(loras[0], x.dtype)
+    n_terms = terms(loras[0], x.dtype, arch)
     quads = None if seeds is None else k % 4 == 0
     rows, cols, warps, stages = _tiles(x.dtype, count, block, n_terms, quads)
     blocks, steps = triton.cdiv(m, rows), triton.cdiv(k, cols)

@@ -23,8 +23,15 @@ from fusetune.reference.dropout import threshold_and_scale
 DEVICES = {"cuda"}  # device types of tensors that the kernels take
 MODULE: Any = None  # the native module once it is needed and usable
 
-MAX_ROWS = 256  # above, dequantising the weight and one large matmul is faster on every GPU
-MAX_ROWS_FP32 = 8
+# Rows above which the weight is decoded for one large matmul. Predicted, not measured:
+# `python -m benchmarks.bound --rows` has the bounds of both if a kernel's work overlaps perfectly,
+# and if its two longest resources do not overlap at all. Where these differ about who wins, their
+# mean decides: 256 on sm_80 and sm_90, 64 on sm_100; elsewhere at least 256. sm_75 has no kernel
+# that adds LoRA's tail to a large matmul: there the packed weight is used at every size, for less
+# than half of the bytes (4096 rows: 0.94 to 1.44 of the other way's time).
+_MAX_ROWS = {75: 65535, 100: 64, 103: 64}
+_MAX_ROWS_ELSEWHERE = 256
+_MAX_ROWS_FP32 = 8
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MULTIPLE = 32  # of columns: what one lane decodes lies in one block of absmax
 _ALIGNMENT = 16  # bytes a load takes
@@ -89,9 +96,6 @@ def refuses(
         return f"no kernel for {dtype}"
     if dtype == torch.float32 and dx:
         return "no kernel for the gradient in torch.float32"
-    limit = MAX_ROWS_FP32 if dtype == torch.float32 else MAX_ROWS
-    if m > limit:
-        return f"{m} rows, more than {limit}"
     if 0 in (n, k):
         return f"an empty weight [{n}, {k}]"
     if k % _MULTIPLE:
@@ -105,7 +109,16 @@ def refuses(
     capability = _capability(weight.device)
     if dtype == torch.bfloat16 and capability < 80:
         return "this GPU's tensor cores do not take torch.bfloat16"
+    if m > (limit := max_rows(capability, dtype)):
+        return f"{m} rows, more than {limit}"
     return _no_code(capability)
+
+
+def max_rows(capability: int, dtype: torch.dtype) -> int:
+    """For how many rows the kernels over the packed weight are used."""
+    if dtype == torch.float32:
+        return _MAX_ROWS_FP32
+    return _MAX_ROWS.get(capability, _MAX_ROWS_ELSEWHERE)
 
 
 @cache

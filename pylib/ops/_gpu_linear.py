@@ -56,7 +56,7 @@ def linear(
     ways: Ways = {}
     if _cuda_takes(m, n, k, rows.dtype, weight) and scale is None:
         ways["cuda"] = lambda: _cuda.linear_4bit(rows, weight, bias, tail)  # type: ignore[arg-type]
-    if _triton_takes(rows, weight):
+    if _triton_multiplies(rows, weight):
         ways["triton"] = lambda: _triton_linear(rows, _dense(weight, rows), bias, tail, scale)
     ways["addmm"] = lambda: _addmm(rows, _dense(weight, rows), bias, tail, scale)
     if _augments(weight, k, tail) and scale is None and _triton_takes(rows, weight):
@@ -141,7 +141,7 @@ def linear_dx(
     ways: Ways = {}
     if _cuda_takes(m, n, k, dy.dtype, weight, dx=True):
         ways["cuda"] = lambda: _cuda.linear_4bit_dx(dy, weight, tail, mask)  # type: ignore[arg-type]
-    if _triton_takes(dy, weight):
+    if _triton_multiplies(dy, weight):
         ways["triton"] = lambda: _triton_dx(dy, _dense(weight, dy), tail, mask)
     ways["addmm"] = lambda: _addmm_dx(dy, _dense(weight, dy), tail, mask)
     if _augments(weight, k, tail) and mask is None:
@@ -238,6 +238,13 @@ def _triton_takes(rows: Tensor, weight: Weight) -> bool:
         return False
     dense = weight.dtype if isinstance(weight, Tensor) else None
     return _triton.supports(Case(rows.device.type, rows.dtype, dense)) is None
+
+
+def _triton_multiplies(rows: Tensor, weight: Weight) -> bool:
+    """Whether Triton's matmul is worth a try: in 16 bits not without tensor cores."""
+    if not _triton_takes(rows, weight):
+        return False
+    return rows.dtype == torch.float32 or _triton.tensor_cores(rows.device)
 
 
 def _cuda_takes(

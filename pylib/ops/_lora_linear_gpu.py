@@ -1,7 +1,8 @@
 """lora_linear on a GPU: the narrow products by Triton, the base matmul by `_gpu_linear`.
 
-Where Triton cannot be used (Turing) the narrow products are torch's, and "cuda" carries the op only
-if it is asked for by name; otherwise LoRA layers run the library's own code.
+On Turing Triton has no tensor cores: its narrow products, bound by memory elsewhere, are fp32 FMAs.
+Where Triton cannot be used they are torch's, and "cuda" carries the op only if it is asked for by
+name; otherwise LoRA layers run the library's own code.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class ByTriton:
 
         seeds = None if seed is None else [seed]
         with _triton.on(rows.device):
-            return launch_lora_shrink(rows, [lora_A], seeds, **_triton.mask(p, seed))[0]
+            arch = _triton.capability(rows.device)
+            return launch_lora_shrink(rows, [lora_A], seeds, **_triton.mask(p, seed), arch=arch)[0]
 
     @staticmethod
     def ds_db(dy: Tensor, lora_B: Tensor, s: Tensor, scaling: float, dB: Tensor | None) -> Tensor:
@@ -55,7 +57,8 @@ class ByTriton:
 
         ds = torch.empty(s.shape, dtype=torch.float32, device=dy.device)
         with _triton.on(dy.device):
-            launch_lora_ds_db(dy, lora_B, s, scaling, ds, dB)
+            arch = _triton.capability(dy.device)
+            launch_lora_ds_db(dy, lora_B, s, scaling, ds, dB, arch=arch)
         return ds
 
     @staticmethod
@@ -66,7 +69,7 @@ class ByTriton:
         from fusetune._triton.lora_da import launch_lora_da
 
         with _triton.on(rows.device):
-            n_terms = terms(lora_A, rows.dtype)
+            n_terms = terms(lora_A, rows.dtype, _triton.capability(rows.device))
             launch_lora_da(rows, ds, dA, seed, **_triton.mask(p, seed), terms=n_terms)
 
 
@@ -146,11 +149,13 @@ def _backward(
 
 
 def _cuda_supports(case: Case) -> str | None:
-    """Only on request: with torch's narrow products it moves more bytes than PEFT does."""
+    """Where Triton is missing, on request: with torch's narrow products more bytes move than in
+    PEFT."""
     why = _cuda.supports(case)
     if why is None and backend() != "cuda":
         why = (
-            "LoRA's narrow products have no CUDA kernels; FUSETUNE_BACKEND=cuda runs them by torch"
+            "LoRA's narrow products have no CUDA kernels but Triton's; "
+            "FUSETUNE_BACKEND=cuda runs them by torch"
         )
     return why
 

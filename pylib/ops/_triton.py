@@ -65,9 +65,14 @@ def reason() -> str | None:
     if "cpu" not in DEVICES and not torch.cuda.is_available():
         return "torch finds no GPU"
     arch = capability()
-    if arch < 80:
-        return f"Triton has no matrix products on tensor cores for sm_{arch}, only from sm_80 on"
+    if arch < 75:
+        return f"no Triton kernel is tested on sm_{arch}, older than sm_75"
     return None
+
+
+def tensor_cores(device: torch.device) -> bool:
+    """Whether Triton's matrix products run on tensor cores; on Turing they are fp32 FMAs."""
+    return capability(device) >= 80
 
 
 def supports(case: Case) -> str | None:
@@ -78,7 +83,11 @@ def supports(case: Case) -> str | None:
         return f"no kernel for {case.dtype}"
     if case.weight not in (None, case.dtype):
         return f"x is {case.dtype}, the dense weight {case.weight}"
-    return reason()
+    if (why := reason()) is not None:
+        return why
+    if case.dtype == torch.bfloat16 and capability() < 80:
+        return f"sm_{capability()} has no {case.dtype}"
+    return None
 
 
 def packed(w: QuantizedWeight) -> Packed:

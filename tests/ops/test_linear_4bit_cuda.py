@@ -175,7 +175,7 @@ def test_no_rows(run):
     [
         (1, (8, 70), torch.float16, {}, "K = 70 is not a multiple of 32"),
         (1, (8, 7), torch.float16, {}, "K = 7 is not"),
-        (257, (8, 64), torch.float16, {}, "257 rows, more than 256"),
+        (65536, (8, 64), torch.float16, {}, "65536 rows, more than"),
         (9, (8, 64), torch.float32, {}, "9 rows, more than 8"),
         (1, (8, 64), torch.float64, {}, "no kernel for torch.float64"),
         (1, (8, 64), torch.float32, {"dx": True}, "no kernel for the gradient"),
@@ -186,6 +186,15 @@ def test_no_rows(run):
 def test_refusals(arch, m, shape, dtype, options, why):
     w = _quantized(shape)
     assert why in _cuda.refuses(m, *shape, dtype, w, **options)
+
+
+@pytest.mark.parametrize(("capability", "most"), [(75, 65535), (80, 256), (90, 256), (100, 64)])
+def test_rows_above_which_a_card_decodes_the_weight(run, monkeypatch, capability, most):
+    monkeypatch.setattr(_cuda, "_capability", lambda device=None: capability)
+    monkeypatch.setattr(_cuda, "_no_code", lambda capability: None)
+    w = _quantized((8, 64))
+    assert _cuda.refuses(most, 8, 64, torch.float16, w) is None
+    assert "rows, more than" in _cuda.refuses(most + 1, 8, 64, torch.float16, w)
 
 
 def _quantized(shape, **options):

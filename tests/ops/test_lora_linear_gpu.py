@@ -167,7 +167,7 @@ def test_a_cache_that_cannot_be_written_only_warns(triton_sim, choices, monkeypa
     assert_same(y, eager(**arguments))
 
 
-@pytest.mark.parametrize("arch", [0, 70, 80, 90, 103, 120, 999])
+@pytest.mark.parametrize("arch", [0, 70, 75, 80, 90, 103, 120, 999])
 def test_an_unknown_gpu_has_defaults(arch):
     from fusetune._triton.linear import tiles
 
@@ -177,10 +177,48 @@ def test_an_unknown_gpu_has_defaults(arch):
             assert tiles(arch, m, dtype).rows > 0
             for rank in (0, 16):
                 problem = _gpu_choice.Problem("y", m, 64, 64, rank, dtype, torch.device("cpu"))
-                assert _gpu_choice.default(arch, problem, every) == "cuda"
+                assert _gpu_choice.default(problem, every) == "cuda"
                 del every["cuda"]
-                assert _gpu_choice.default(arch, problem, every) in every
+                tail_in_16_bits = rank and dtype == BF16
+                assert _gpu_choice.default(problem, every) == (
+                    "triton" if tail_in_16_bits else "addmm"
+                )
                 every["cuda"] = None
+    assert _cuda.max_rows(arch, BF16) >= 64
+
+
+# --- Turing: no tensor cores for Triton -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "kind", "adapter", "p"),
+    [
+        ((9, 64, 101, 1), F16, "fp4 nested", F32, 0.3),
+        ((70, 136, 200, 16), F16, "nf4", F16, 0.3),
+        ((67, 130, 40, 20), F16, "nf4", F32, 0.0),
+        ((17, 24, 48, 128), F16, "dense", F32, 0.1),
+        ((33, 65, 50, 20), F32, "nf4", F32, 0.3),
+    ],
+)
+def test_turing(sizes, dtype, kind, adapter, p):
+    """Narrow products by fp32 FMA; a base product in 16 bits is never Triton's."""
+    with simulated("triton-sim", 75) as run:
+        check(make(*sizes, dtype, kind, adapter), p)
+    opcodes = {op.split(".")[0] for launch in run.launches for op in launch.counts.instructions}
+    assert {"_shrink", "_ds_db", "_da"} <= {launch.kernel for launch in run.launches}
+    assert "mma" not in opcodes
+    if dtype == F16 and not p:
+        assert "_linear" not in {launch.kernel for launch in run.launches}
+
+
+@pytest.mark.parametrize("m", [3, 300])
+def test_turing_multiplies_with_the_packed_weight(m):
+    """The CUDA kernels carry the base product and its tail, whatever M."""
+    with simulated("cuda-sim", 75) as cuda, simulated("triton-sim", 75), ops.use_backend("auto"):
+        check(make(m, 40, 64, 4, F16), 0.3)
+    names = " ".join(launch.kernel for launch in cuda.launches)
+    assert "linear_4bit_dx" in names
+    assert "dequantize" not in names
 
 
 # --- offsets, determinism, reasons ----------------------------------------------------------------
@@ -262,8 +300,11 @@ def test_reasons(monkeypatch):
         monkeypatch.setattr(_triton, "_load", lambda: "Triton is not installed: no")
         assert _triton.supports(case) == "Triton is not installed: no"
         monkeypatch.undo()
+        monkeypatch.setattr(_triton, "capability", lambda device=None: 70)
+        assert "sm_70" in _triton.supports(case)
         monkeypatch.setattr(_triton, "capability", lambda device=None: 75)
-        assert "sm_75" in _triton.supports(case)
+        assert "sm_75 has no torch.bfloat16" in _triton.supports(case)
+        assert _triton.supports(ops.Case("cpu", F16)) is None
         monkeypatch.undo()
         with pytest.raises(ValueError, match="dense weight"):
             ops.lora_linear(**(make(2, 8, 64, 2, F32, "dense") | {"x": torch.randn(2, 64).half()}))
@@ -313,7 +354,7 @@ def test_quantized_weights_of_any_blocksize():
 
 
 def test_narrow_products_by_torch_are_only_used_on_request(monkeypatch):
-    """As on Turing: fuse then leaves LoRA layers to PEFT, and the report gives this reason."""
+    """Without Triton: fuse then leaves LoRA layers to PEFT, and the report gives this reason."""
     monkeypatch.setattr(_cuda, "supports", lambda case: None)
     case = Case("cuda", torch.float16)
     with ops.use_backend("auto"):
