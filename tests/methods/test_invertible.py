@@ -4,15 +4,16 @@ import itertools
 
 import pytest
 import torch
-from fusetune.methods.bottleneck import coupling
 from tolerance import assert_close
+
+from fusetune.methods.bottleneck import coupling
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "tanh", "leakyrelu", "sigmoid", "identity")
 EPS = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 3e-2}
 
 
 def block(kind, hidden_size=16, reduction_factor=2, activation="relu", gain=1.0):
-    """A block whose networks matter: with weights as large as those of a trained model, or larger."""
+    """A block whose networks matter: weights of unit gain, times gain."""
     module = coupling.COUPLINGS[kind](hidden_size, reduction_factor, activation)
     with torch.no_grad():
         for parameter in module.parameters():
