@@ -21,6 +21,7 @@ import torch
 from fusetune import _native, ops
 from fusetune.bench import cases as make
 from fusetune.bench import gpu_cases
+from fusetune.bench.dora_cases import dora_linear
 from fusetune.bench.timing import Case, relative_error, seeded
 from fusetune.ops import _cuda, _triton
 
@@ -123,6 +124,8 @@ def small_cases() -> Iterator[Case]:
             yield make.linear_4bit_dx(m, N, K, dtype)
         for dense in (False, True):
             yield make.lora_linear(M, N, K, dtype, rank=5, dropout=0.3, dense=dense, train=True)
+            for p in (0.0, 0.3):
+                yield dora_linear(M, N, K, dtype, rank=5, dropout=p, dense=dense)
     yield make.linear_4bit(1, N, K, torch.float32, int16=True)
 
 

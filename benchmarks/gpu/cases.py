@@ -28,6 +28,7 @@ from benchmarks.gpu.schemes import SCHEMES, Projection, ThreeLaunches, peft_dora
 from benchmarks.gpu.store import load, save, source_hash, store
 from fusetune import ops
 from fusetune.bench.cases import EXACT, no_grad, quantized
+from fusetune.bench.dora_cases import dora_linear
 from fusetune.bench.timing import Run, relative_error, seeded
 from fusetune.ops import _gpu_choice, _gpu_linear
 from fusetune.reference import dora_norm as dora_reference
@@ -220,6 +221,12 @@ def dora(shape: Shape, rank: int) -> Measured:
     return Measured(runs, exact, EXACT[torch.float32])
 
 
+def dora_layer(m: int, shape: Shape, rank: int, p: float) -> Measured:
+    """A DoRA layer, forward and backward."""
+    case = dora_linear(m, *shape, half_dtype(), rank=rank, dropout=p, dense=False)
+    return Measured({"ours": case.ours, **case.peers}, case.exact, case.tolerance, random=p > 0)
+
+
 def ways(m: int, shape: Shape, rank: int, *, dx: bool, p: float = 0.0) -> Measured:
     """Each way of the base matmul with a LoRA tail, beside the one that is taken by default."""
     (n, k), dtype = shape, half_dtype()
@@ -284,6 +291,8 @@ def dora_entries() -> Iterator[Entry]:
     for rank in RANKS:
         for n, k in ((4096, 4096), (14336, 4096), (4096, 14336)):
             yield f"dora {n}x{k} r={rank}", lambda n=n, k=k, r=rank: dora((n, k), r)
+    for p in DROPOUTS:
+        yield f"dora layer M=4096 r=16 p={p:g}", lambda p=p: dora_layer(4096, ONE[0][0], 16, p)
 
 
 def ways_entries() -> Iterator[Entry]:
@@ -309,7 +318,12 @@ SIMULATED: dict[str, Callable[[], Iterator[Entry]]] = {
     "dequantize": lambda: iter([("dequantize 40x128", lambda: dequantize((40, 128)))]),
     "linear": lambda: iter([("linear 40x128 M=3", lambda: linear(3, (40, 128)))]),
     "lora": lambda: iter([("lora M=5 r=8 p=0", lambda: lora([[(40, 128)]], 5, 8, 0.0))]),
-    "dora": lambda: iter([("dora 40x128 r=8", lambda: dora((40, 128), 8))]),
+    "dora": lambda: iter(
+        [
+            ("dora 40x128 r=8", lambda: dora((40, 128), 8)),
+            ("dora layer M=5 r=8 p=0", lambda: dora_layer(5, (40, 128), 8, 0.0)),
+        ]
+    ),
     "ways": lambda: iter([("ways y 40x128 M=5", lambda: ways(5, (40, 128), 8, dx=False))]),
     "layer": lambda: iter([("layer M=5 r=8 p=0.1", lambda: lora(_LAYER, 5, 8, 0.1))]),
 }

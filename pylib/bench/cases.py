@@ -16,6 +16,7 @@ from torch.nn import functional
 from fusetune import QuantizedWeight, ops
 from fusetune.reference.dequantize_4bit import dequantize_4bit as dense_of
 
+from .dora_cases import dora_linear_cases
 from .timing import Case, Result, Run
 
 EXACT = {torch.float32: 5e-7, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -339,6 +340,7 @@ def cross_entropy_cases(full: bool, n: int, k: int) -> Iterator[Case]:
 OPS: dict[str, Callable[[bool, int, int], Iterator[Case]]] = {
     "linear_4bit": linear_4bit_cases,
     "lora_linear": lora_linear_cases,
+    "dora_linear": dora_linear_cases,
     "quantize_4bit": quantize_4bit_cases,
     "dequantize_4bit": dequantize_4bit_cases,
     "cross_entropy": cross_entropy_cases,

@@ -16,6 +16,7 @@ from fusetune.reference import dora_norm as dora_reference
 from fusetune.reference.dequantize_4bit import dequantize_4bit as dense_of
 
 from .cases import EXACT, NAMES, quantized
+from .dora_cases import dora_linear
 from .timing import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,6 +28,8 @@ def triton_cases() -> Iterator[Case]:
     for dtype in DTYPES:
         yield dequantize_4bit(33, 328, dtype)
         yield dora_norm(50, 328, dtype, rank=5)
+        yield dora_linear(37, 40, 104, dtype, rank=5, dropout=0.0, dense=False)
+        yield dora_linear(9, 40, 104, dtype, rank=5, dropout=0.3, dense=False)
         yield linear(9, 40, 72, dtype, "triton")
         yield lora(70, 72, 200, dtype, "triton", dropout=0.3)
         yield lora(19, 40, 104, dtype, "addmm", rank=20, dropout=0.3)
