@@ -3,6 +3,8 @@
 What every backend is tested for is in test_linear_4bit.py; here is what only these kernels have.
 """
 
+import math
+
 import pytest
 import torch
 from backends import forced, simulated
@@ -12,6 +14,7 @@ from torch.nn.functional import linear
 from fusetune import ops
 from fusetune.ops import _cuda
 from fusetune.reference.dropout import dropout, keep_mask
+from fusetune.sim.ptx import Program
 
 HALVES = (torch.float16, torch.bfloat16)
 WEIGHTS = {
@@ -165,6 +168,69 @@ def test_no_rows(run):
     assert _cuda.linear_4bit(x, w).shape == (0, 24)
     assert _cuda.linear_4bit_dx(x[:, :24], w).shape == (0, 64)
     assert not run.launches
+
+
+@pytest.mark.parametrize("m", [3, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_offsets_above_2_to_the_31(run, m, dtype):
+    """Rows of x, and of dy, so far apart that an int32 offset would wrap."""
+    w, _, _, x, dy, *_ = tensors(m, 24, 64, 1, dtype, "nf4 nested")
+    if dtype == torch.float32 and m > 8:
+        pytest.skip("no kernel for so many rows in fp32")
+
+    def apart(near):
+        stride, width = 2**31 // (m - 1) + 64, near.shape[1]
+        far = torch.empty(0, dtype=torch.uint8)
+        size = dtype.itemsize * ((m - 1) * stride + width)
+        far.set_(torch.UntypedStorage(size))  # untouched pages take no memory
+        rows = far.view(dtype).as_strided((m, width), (stride, 1))
+        return rows.copy_(near)
+
+    assert torch.equal(_cuda.linear_4bit(apart(x), w), _cuda.linear_4bit(x, w))
+    if dtype == torch.float16:
+        assert torch.equal(_cuda.linear_4bit_dx(apart(dy), w), _cuda.linear_4bit_dx(dy, w))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_weights_of_more_than_2_to_the_31_elements(run, monkeypatch, double_quant):
+    """The last CTA of each kernel decodes what lies above; the others are left out. Codes and
+    statistics lie in untouched pages but for the last rows."""
+    k, last = 2**17, 128
+    n = 2**31 // k + last
+    small = _quantized((last, k), double_quant=double_quant)
+
+    def untouched(count, dtype):
+        whole = torch.empty(0, dtype=torch.uint8)
+        return whole.set_(torch.UntypedStorage(dtype.itemsize * count)).view(dtype)
+
+    def behind(part, elements):
+        whole = untouched(n * k // elements, part.dtype)
+        whole[-part.numel() :] = part.reshape(-1)
+        return whole
+
+    fields = {"packed": behind(small.packed, 2), "absmax": behind(small.absmax, small.blocksize)}
+    if double_quant:
+        elements = small.blocksize * small.nested_blocksize
+        fields["nested_absmax"] = behind(small.nested_absmax, elements)
+    large = small._replace(fields | {"shape": torch.Size((n, k))})
+    x, dy = torch.randn(9, k).half(), torch.zeros(9, n).half()
+    dy[:, -last:] = torch.randn(9, last)
+    out, exact = untouched(n * k, torch.float16), ops.dequantize_4bit(small, torch.float16)
+
+    whole = Program.launch
+
+    def last_only(program, kernel, grid, *args, **options):
+        return whole(program, kernel, grid, *args, **options, first=math.prod(grid) - 1)
+
+    monkeypatch.setattr(Program, "launch", last_only)
+    for rows, columns in ((x[:1], 16), (x, 128)):
+        got, expected = (_cuda.linear_4bit(rows, w, splits=1) for w in (large, small))
+        assert torch.equal(got[-8:, -columns:], expected[-8:, -columns:])
+    got = _cuda.linear_4bit_dx(dy, large, splits=1)
+    expected = _cuda.linear_4bit_dx(dy[:, -last:], small, splits=1)
+    assert torch.equal(got[:, -128:], expected[:, -128:])
+    _cuda.dequantize_4bit(large, out)
+    assert torch.equal(out[-1024:], exact.view(-1)[-1024:])
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -48,8 +48,9 @@ class Program:
         *,
         memory: Iterable[Any] = (),
         check: bool = True,
+        first: int = 0,
     ) -> Counts:
-        """Runs a kernel over its grid, and counts what it did.
+        """Runs a kernel over its grid, from its CTA number `first` on, and counts what it did.
 
         args: tensors on the CPU (by address, all that a kernel may touch), numbers, None (a null
         pointer), or the bytes of a parameter; missing ones are null. memory: more tensors that may
@@ -71,8 +72,8 @@ class Program:
         threads = -(-block[0] * block[1] * block[2] // WARP) * WARP
         ctas, at_once = grid[0] * grid[1] * grid[2], max(1, _BATCH // threads)
         with np.errstate(all="ignore"):
-            for first in range(0, ctas, at_once):
-                batch = np.arange(first, min(first + at_once, ctas))
+            for start in range(first, ctas, at_once):
+                batch = np.arange(start, min(start + at_once, ctas))
                 m.start(batch, grid, block, loaded.shared + smem, loaded.local, loaded.granule)
                 m.run()
         return m.counts
