@@ -15,7 +15,8 @@ from fusetune.sim.counts import Counts
 from fusetune.sim.errors import Deadlock, Divergence, SimError, Uninitialised
 from fusetune.sim.ptx.cp_async import Copies
 from fusetune.sim.ptx.fault import Fault, NotConverged
-from fusetune.sim.ptx.memory import GlobalMemory, LocalMemory, SharedMemory
+from fusetune.sim.ptx.memory import GlobalMemory, LocalMemory
+from fusetune.sim.ptx.shared_memory import SharedMemory
 from fusetune.sim.ptx.types import DTYPES, Array, Value
 
 if TYPE_CHECKING:
