@@ -1,0 +1,39 @@
+"""Methods that PEFT does not have, by its interface: bottleneck adapters and what is built on them.
+
+Importing this registers them with PEFT.
+"""
+
+from fusetune.methods import _peft
+from fusetune.methods.bottleneck.architectures import (
+    Architecture,
+    Layers,
+    Location,
+    register_architecture,
+)
+from fusetune.methods.bottleneck.composition import (
+    Average,
+    BatchSplit,
+    Fuse,
+    Parallel,
+    Split,
+    Stack,
+)
+from fusetune.methods.bottleneck.config import BottleneckConfig
+from fusetune.methods.bottleneck.model import compose
+
+_peft.register()
+
+__all__ = [
+    "Architecture",
+    "Average",
+    "BatchSplit",
+    "BottleneckConfig",
+    "Fuse",
+    "Layers",
+    "Location",
+    "Parallel",
+    "Split",
+    "Stack",
+    "compose",
+    "register_architecture",
+]

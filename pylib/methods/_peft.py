@@ -1,0 +1,21 @@
+"""Makes the methods known to PEFT, by string keys in its tables.
+
+PEFT's own function for it takes names of its enumeration only.
+"""
+
+from __future__ import annotations
+
+from peft import mapping
+from peft.tuners.tuners_utils import BaseTuner
+
+from fusetune.methods.bottleneck.config import PEFT_TYPE, AdapterConfig
+from fusetune.methods.bottleneck.model import BottleneckModel
+
+
+def register() -> None:
+    """Enters the methods into PEFT's tables. Raises ImportError for a PEFT that is too old."""
+    if not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
+        raise ImportError("fusetune's adapters need peft 0.21 or newer: pip install -U peft")
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = AdapterConfig
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = BottleneckModel
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = BottleneckModel.prefix

@@ -1,0 +1,1 @@
+"""Bottleneck adapters, their compositions, fusions and invertible blocks."""

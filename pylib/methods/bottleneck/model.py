@@ -1,0 +1,331 @@
+"""The PEFT tuner: puts bottleneck layers into a model and keeps the active composition."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from fusetune.methods.bottleneck.architectures import (
+    Place,
+    architecture_from_dict,
+    architecture_of,
+    places,
+)
+from fusetune.methods.bottleneck.composition import (
+    Node,
+    Parallel,
+    Stack,
+    nodes_in,
+    resolve,
+    trained_names,
+)
+from fusetune.methods.bottleneck.config import AdapterConfig, BottleneckConfig
+from fusetune.methods.bottleneck.layer import Active, BottleneckLayer, is_wanted
+from fusetune.methods.bottleneck.repeat import repeat_inputs
+
+Composition = str | Sequence[str] | Node
+
+
+class BottleneckModel(BaseTuner):
+    """Bottleneck adapters, fusions and invertible blocks in a model, by PEFT's interface.
+
+    `composition` is what is active; set_adapter takes a name or a list of names (a Stack), as in
+    PEFT, or a composition.
+    """
+
+    prefix = "bn_"
+    tuner_layer_cls = BottleneckLayer
+
+    @property
+    def composition(self) -> Node | None:
+        """What is active, checked and with the names of fusions; None: nothing."""
+        return self._active.tree
+
+    # --- injection --------------------------------------------------------------------------------
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        # Here, since PEFT's constructor injects the first adapter.
+        self._active = Active()
+        self._places: dict[str, Place] = {}
+        self._handles: list[Any] = []
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As PEFT's. Adding an adapter leaves the active composition as it is."""
+        _check_name(adapter_name, model)
+        before = self._active.tree
+        # PEFT copies modules that it is to save, hooks and all: hooks go in when it is done.
+        self._remove_hooks()
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            if before is not None:
+                self._active.tree = before
+            self._install_hooks()
+
+    def _prepare_adapter_config(
+        self, peft_config: AdapterConfig, model_config: dict[str, Any]
+    ) -> AdapterConfig:
+        peft_config.prepare(model_config)
+        return peft_config
+
+    def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
+        """Finds the places of a config's adapters; all that may be wrong is found here."""
+        members = self._members(peft_config)
+        described = next((c.architecture for c in members if c.architecture is not None), None)
+        known = architecture_of(model) if described is None else architecture_from_dict(described)
+        all_places = list(places(model, known))
+        kinds = {place.kind for place in all_places}
+        if any(config.cross_adapter for config in members) and "cross" not in kinds:
+            raise ValueError("cross_adapter: the model has no cross-attention")
+        hidden_size = _hidden_size(model, all_places)
+        coupling = peft_config.make_coupling(hidden_size) is not None
+        if coupling and not known.tokens:
+            raise ValueError("an invertible adapter needs a model whose inputs are tokens")
+        self._places = {
+            place.key: place
+            for place in all_places
+            if any(is_wanted(config, place) for config in members)
+            or (coupling and place.layer == 0 and place.kind == "attention")
+        }
+        if not self._places:
+            raise ValueError(f"leave_out: no layer of {len(all_places)} locations is left")
+        for config in members:
+            for place in self._places.values():
+                config.bottleneck_size(hidden_size, place.layer)
+                if config.residual_before_ln == "post_add" and place.location.norm is None:
+                    raise ValueError(
+                        'residual_before_ln="post_add" needs a model with a LayerNorm after the '
+                        f"sub-layer; {place.key} has none"
+                    )
+        if isinstance(peft_config, BottleneckConfig) and peft_config.train_layer_norm:
+            saved = peft_config.modules_to_save or []
+            norms = [name for name in _norms(model) if name not in saved]
+            peft_config.modules_to_save = [*saved, *norms]
+
+    def _members(self, config: AdapterConfig) -> list[BottleneckConfig]:
+        """The configs that say where modules go: an adapter's own, or those a fusion is over."""
+        if isinstance(config, BottleneckConfig):
+            return [config]
+        names = getattr(config, "adapters", [])
+        unknown = [n for n in names if not isinstance(self.peft_config.get(n), BottleneckConfig)]
+        if unknown or not names:
+            raise ValueError(
+                f"adapters: a fusion is over adapters of the model; {unknown or names} are none"
+            )
+        return [self.peft_config[name] for name in names]
+
+    def _check_target_module_exists(self, peft_config: AdapterConfig, key: str) -> bool:
+        return key in self._places
+
+    def _create_and_replace(
+        self,
+        peft_config: AdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if not isinstance(target, BottleneckLayer):
+            place = self._places[current_key]
+            layer = self.model.get_submodule(place.layer_key)
+            target = BottleneckLayer(target, place, layer, self._active)
+            self._replace_module(parent, target_name, target, None)
+        hidden_size = _hidden_size(self.model, list(self._places.values()))
+        target.update_layer(adapter_name, peft_config, hidden_size)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any
+    ) -> None:
+        setattr(parent, child_name, new_module)
+
+    # --- activation -------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: Composition, inference_mode: bool = False) -> None:
+        """Activates an adapter, a list of them (a Stack) or a composition, and trains it.
+
+        inference_mode: without a gradient. Raises ValueError for a composition that does not fit;
+        what was active stays so.
+        """
+        tree = resolve(adapter_name, self.peft_config) if adapter_name else None
+        names = [] if tree is None else trained_names(tree)
+        saved = [(module, self._saved_by(module, names, tree)) for module in self._wrappers()]
+        for module, name in saved:
+            module.set_adapter([] if name is None else [name], inference_mode=inference_mode)
+        for layer in self._layers():
+            layer.set_adapter(names, inference_mode=inference_mode)
+        self._active.tree, self._active.frozen = tree, ()
+        self.active_adapter = names[0] if len(names) == 1 else names
+
+    def freeze(self, names: Sequence[str]) -> None:
+        """Keeps active adapters from being trained, until the next set_adapter."""
+        self._active.frozen = tuple(names)
+        self.set_requires_grad(list(names), False)
+
+    def _saved_by(self, module: Any, names: list[str], tree: Node | None) -> str | None:
+        """The active adapter whose copy of a module to save is used: in a Stack the last one's."""
+        here = [name for name in names if name in module._adapters]
+        if len(here) > 1 and any(
+            not isinstance(node, Stack) for node in nodes_in(tree or Stack(""))
+        ):
+            raise ValueError(
+                f"{tree}: the adapters {here} each have a copy of a module in modules_to_save, and "
+                "side by side there is no saying whose to take"
+            )
+        return here[-1] if here else None
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        self._active.enabled = enabled
+        super()._enable_adapter_layers(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's. Raises ValueError where a fusion or a composition of several needs it."""
+        users = [
+            name
+            for name, config in self.peft_config.items()
+            if adapter_name in getattr(config, "adapters", ())
+        ]
+        if users:
+            raise ValueError(f"adapter_name: the fusions {users} are over {adapter_name!r}")
+        if adapter_name in self.active_adapters:
+            if len(self.active_adapters) > 1:
+                raise ValueError(
+                    f"adapter_name: {adapter_name!r} is part of {self.composition}; activate "
+                    "another composition first"
+                )
+            self._activate_instead_of(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _activate_instead_of(self, adapter_name: str) -> None:
+        others = sorted(set(self.peft_config) - {adapter_name})
+        if others:
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter "
+                f"to {others[0]}.",
+                stacklevel=4,
+            )
+        self.set_adapter(others[:1])
+
+    # --- the rest of PEFT's interface -------------------------------------------------------------
+
+    def unload(self) -> nn.Module:
+        """The model without adapters, as PEFT's."""
+        self._remove_hooks()
+        model: nn.Module = super().unload()
+        return model
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError("bottleneck adapters are not linear: they cannot be merged; use unload()")
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        for attribute in BottleneckLayer.adapter_layer_names:
+            key = key.replace(f".{attribute}.{adapter_name}.", f".{attribute}.")
+        return key
+
+    # --- hooks ------------------------------------------------------------------------------------
+
+    def _layers(self) -> Iterator[BottleneckLayer]:
+        return (m for m in self.model.modules() if isinstance(m, BottleneckLayer))
+
+    def _wrappers(self) -> Iterator[Any]:
+        return (m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
+
+    def _install_hooks(self) -> None:
+        self._remove_hooks()
+        hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._handles.append(hook)
+        for layer in self._layers():
+            layer.install()
+            output = self.model.get_output_embeddings() if layer.bn_couplings else None
+            if output is not None:
+                layer.install_output(output)
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for layer in self._layers():
+            layer.remove()
+
+    def _before_forward(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
+        tree = self._active.tree
+        if tree is None or not self._active.enabled:
+            return None
+        parallel = next((node for node in nodes_in(tree) if isinstance(node, Parallel)), None)
+        return None if parallel is None else repeat_inputs(args, kwargs, len(parallel.children))
+
+
+def compose(
+    model: nn.Module, composition: Composition, *, trainable: Sequence[str] | None = None
+) -> None:
+    """Activates a composition of a PEFT model's adapters: `compose(model, Stack("a", "b"))`.
+
+    A list of names is a Stack. trainable: those of the active adapters (of a fusion: its name) that
+    are trained; None: all. Of modules to save, a Stack uses the copy of the last adapter with one.
+
+    Raises TypeError for a model without bottleneck adapters, and ValueError for a composition that
+    does not fit: an unknown name, a nesting that is not allowed. What was active then stays so.
+    """
+    tuner = model.base_model if isinstance(model, PeftModel) else model
+    if not isinstance(tuner, BottleneckModel):
+        raise TypeError(f"model must have bottleneck adapters, got {type(model).__name__}")
+    names = trained_names(resolve(composition, tuner.peft_config))
+    unknown = sorted(set(trainable or ()) - set(names))
+    if unknown:
+        raise ValueError(f"trainable: {unknown} are not among the active adapters {names}")
+    tuner.set_adapter(composition)
+    if trainable is not None:
+        tuner.freeze([name for name in names if name not in trainable])
+    if isinstance(model, PeftModel):
+        model.active_adapter = names[0]
+
+
+def _check_name(name: str, model: nn.Module) -> None:
+    """PEFT tells adapters apart by parts of parameters' names; some names cannot be told."""
+    parts = {part for key, _ in model.named_parameters() for part in key.split(".")}
+    parts -= {key for m in model.modules() for key in getattr(m, "_available", ())}
+    if "." in name or hasattr(nn.ModuleDict, name) or not name:
+        raise ValueError(f"adapter_name: {name!r} cannot name a module")
+    if name in parts:
+        raise ValueError(
+            f"adapter_name: {name!r} is also the name of a module or a parameter of the model, so "
+            "that PEFT could not tell whose weights are the adapter's"
+        )
+
+
+def _hidden_size(model: nn.Module, found: Sequence[Place]) -> int:
+    size = getattr(getattr(model, "config", None), "hidden_size", None)
+    if isinstance(size, int):
+        return size
+    place = found[0]
+    for path in (place.key, f"{place.layer_key}.{place.location.norm}"):
+        module: Any = model.get_submodule(path)
+        if isinstance(getattr(module, "out_features", None), int):
+            return int(module.out_features)
+        if isinstance(getattr(module, "weight", None), nn.Parameter):
+            return int(module.weight.shape[-1])
+    raise ValueError("the model's config has no hidden_size, and its modules do not show it")
+
+
+def _norms(model: nn.Module) -> list[str]:
+    """Paths of the model's own normalisation layers."""
+    wrapped = [n for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    inside = [n for n, m in model.named_modules() if isinstance(m, BottleneckLayer)]
+    found = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in (*wrapped, *inside)):
+            continue
+        original = getattr(module, "original_module", module)
+        if type(original).__name__.endswith(("LayerNorm", "RMSNorm")):
+            found.append(name)
+    return found
