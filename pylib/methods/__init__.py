@@ -19,11 +19,15 @@ from fusetune.methods.bottleneck.composition import (
     Stack,
 )
 from fusetune.methods.bottleneck.config import BottleneckConfig
+from fusetune.methods.bottleneck.fusion import fusion_regularization
+from fusetune.methods.bottleneck.fusion_config import AdapterFusionConfig
+from fusetune.methods.bottleneck.madx_config import MadXConfig
 from fusetune.methods.bottleneck.model import compose
 
 _peft.register()
 
 __all__ = [
+    "AdapterFusionConfig",
     "Architecture",
     "Average",
     "BatchSplit",
@@ -31,9 +35,11 @@ __all__ = [
     "Fuse",
     "Layers",
     "Location",
+    "MadXConfig",
     "Parallel",
     "Split",
     "Stack",
     "compose",
+    "fusion_regularization",
     "register_architecture",
 ]

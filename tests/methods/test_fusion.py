@@ -102,15 +102,16 @@ def test_no_scores_are_dropped_in_evaluation():
 
 
 class Model(torch.nn.Module):
-    """Two fusions behind a model's entry, with the hook that steps their temperatures."""
+    """Two fusions, whose temperatures are stepped at the entry."""
 
     def __init__(self):
         super().__init__()
         self.first = module(temperature=True)
         self.second = module(temperature=True)
-        self.register_forward_pre_hook(fusion.step_temperatures)
 
     def forward(self, query, outputs, residual):
+        self.first.step()
+        self.second.step()
         return self.second(self.first(query, outputs, residual)[0], outputs, residual)[0]
 
 
@@ -162,7 +163,7 @@ def test_checkpointing_takes_the_same_temperature_twice(use_reentrant):
 
     def gradients(recompute):
         model.zero_grad()
-        fusion.step_temperatures(model)
+        layer.step()
         leaf = query.clone().requires_grad_()
 
         def run(q):

@@ -7,7 +7,6 @@ in the second stage. One module for each location; the attention itself is ops.a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -105,6 +104,15 @@ class AdapterFusion(nn.Module):
         done = (self.steps - 1).clamp(min=0)
         return (FIRST_TEMPERATURE - TEMPERATURE_STEP * done).clamp(min=LAST_TEMPERATURE)
 
+    def step(self) -> None:
+        """Moves the schedule on by one forward in training; in evaluation it stays.
+
+        For the model to call at its entry, not part of forward: under gradient checkpointing a
+        layer runs twice in a step, and both times must give the same.
+        """
+        if self.scheduled and self.training:
+            self.steps.add_(1)
+
     def regularization(self) -> Tensor:
         """0.01 ||I - W_v||_F^2, which draws the value matrix to the identity; fp32, 0-dim."""
         if self.value is None:
@@ -129,17 +137,6 @@ def fusion_regularization(model: nn.Module) -> Tensor:
         and module.value.weight.requires_grad
     ]
     return torch.stack(terms).sum() if terms else torch.zeros(())
-
-
-def step_temperatures(model: nn.Module, *_: Any) -> None:
-    """Moves the schedules in `model` on by one forward. A forward pre-hook of the whole model.
-
-    Not done by the fusions: under gradient checkpointing a layer runs twice in a step, and both
-    times must give the same. In evaluation nothing moves.
-    """
-    for module in model.modules():
-        if isinstance(module, AdapterFusion) and module.scheduled and module.training:
-            module.steps.add_(1)
 
 
 def _projection(hidden_size: int) -> nn.Linear:

@@ -18,6 +18,7 @@ from fusetune.methods.bottleneck.architectures import (
     places,
 )
 from fusetune.methods.bottleneck.composition import (
+    Fuse,
     Node,
     Parallel,
     Stack,
@@ -261,8 +262,17 @@ class BottleneckModel(BaseTuner):
         tree = self._active.tree
         if tree is None or not self._active.enabled:
             return None
+        self._step_fusions(tree)
         parallel = next((node for node in nodes_in(tree) if isinstance(node, Parallel)), None)
         return None if parallel is None else repeat_inputs(args, kwargs, len(parallel.children))
+
+    def _step_fusions(self, tree: Node) -> None:
+        """Temperatures that are scheduled: here, once a forward, whatever is computed again."""
+        names = [str(node.name) for node in nodes_in(tree) if isinstance(node, Fuse)]
+        for layer in self._layers() if names else ():
+            for name in names:
+                if name in layer.bn_fusions:
+                    layer.bn_fusions[name].step()
 
 
 def compose(
