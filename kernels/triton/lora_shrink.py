@@ -146,8 +146,8 @@ def _tiles(x: torch.dtype, count: int, ranks: int, terms: int, quads: bool | Non
         return [32, 32, 4 if ranks * count <= 64 else 8, 2]
     if terms == 0:  # FMA: as many rows as registers hold the sums of
         wide = ranks * triton.next_power_of_2(count)
-        rows = max(32, (4096 if quads is None and wide <= 32 else 2048) // wide)
-        return [rows, 16, 4 if wide <= 128 else 8, 1]
+        cols = 32 if quads is None and wide <= 32 else 16
+        return [max(32, 2048 // wide), cols, 4 if wide <= 128 else 8, 1]
     most = 128 if quads is None else 64 if quads else 32 if count == 1 else 16
     fits = 4096 // (ranks * terms * (2 if x == torch.float16 else 1))
     cols = min(most, max(32, 1 << fits.bit_length() - 1))
