@@ -6,6 +6,7 @@
 // often lie a power of two apart, where they would evict each other from L1.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "../parallel.h"
 #include "convert.h"
@@ -22,21 +23,30 @@ constexpr int kGemvRows = 8, kRowsAtOnce = 2;
 constexpr int kGemvRows = 4, kRowsAtOnce = 1;
 #endif
 constexpr int kChunk = 32;  // elements per step
-constexpr uint64_t kPrefetchBytes = 4096;  // of packed codes: two rows of 4096 elements ahead
+constexpr uint64_t kPrefetchBytes = 12288;  // of packed codes: six rows of 4096 elements ahead
 constexpr int kChunkVectors = kChunk / kLanes;
+
+// Into L2: more lines can be under way to it than to L1, which is what a weight read from memory is short of.
+FUSETUNE_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Asks for what follows element i of the flattened weight. The hardware's prefetcher stops at every page, and
 // decoding is too quick for it to catch up.
 template <bool nested>
 FUSETUNE_INLINE void prefetch_4bit(const Weight4bit& w, int shift, uint64_t i) {
   const uint64_t block = (i + 2 * kPrefetchBytes) >> shift;
-  __builtin_prefetch(w.packed + i / 2 + kPrefetchBytes);
+  prefetch_l2(w.packed + i / 2 + kPrefetchBytes);
   if (nested) {
-    __builtin_prefetch(w.absmax_q + block);
+    prefetch_l2(w.absmax_q + block);
   } else {
-    __builtin_prefetch(w.absmax + block);
+    prefetch_l2(w.absmax + block);
   }
 }
+
+#if defined(FUSETUNE_HAS_BYTE_LOOKUP)
+using NestedTable = ByteTable;
+#else
+struct NestedTable {};
+#endif
 
 // The absmax of a span of a row. Nested ones are decoded for the whole span at once: one by one, each with its chain of
 // loads, they take as long as the blocks themselves.
@@ -50,13 +60,25 @@ struct RowAbsmax {
   __attribute__((optimize("no-tree-vectorize")))  // gathers are slower than loads
 #endif
   __attribute__((noinline)) void
-  decode(const Weight4bit& w, int nested_shift, uint64_t block) {
-    const uint64_t all = static_cast<uint64_t>(w.rows * w.cols / w.blocksize), end = std::min(block + kBlocks, all);
+  decode(const Weight4bit& w, [[maybe_unused]] const NestedTable& table, int nested_shift, uint64_t block,
+         uint64_t blocks) {
     const float* code = w.nested_code;
     const float offset = w.nested_offset;
     const uint8_t* q = w.absmax_q;
     float* value = values;
-    for (uint64_t b = first = block; b < end;) {
+    first = block;
+#if defined(FUSETUNE_HAS_BYTE_LOOKUP)
+    const uint64_t all = static_cast<uint64_t>(w.rows * w.cols / w.blocksize), last = block + kBlocks - 1;
+    if (last < all && block >> nested_shift == last >> nested_shift) {
+      F v[kBlocks / kLanes];
+      lookup_64(table, q + block, v);
+      const F scale = set1(w.nested_absmax[block >> nested_shift]);
+      for (int j = 0; j < 4; ++j) store(values + j * kLanes, add(mul(v[j], scale), set1(offset)));
+      return;
+    }
+#endif
+    const uint64_t end = block + blocks;
+    for (uint64_t b = block; b < end;) {
       const float scale = w.nested_absmax[b >> nested_shift];
       const uint64_t stop = std::min(end, ((b >> nested_shift) + 1) << nested_shift);
 #pragma GCC unroll 8
@@ -64,8 +86,9 @@ struct RowAbsmax {
     }
   }
   // Calls decode, and so empties the registers: outside of the loops that sum.
-  FUSETUNE_INLINE_METHOD void prepare(const Weight4bit& w, int nested_shift, uint64_t block) {
-    if (nested) decode(w, nested_shift, block);
+  FUSETUNE_INLINE_METHOD void prepare(const Weight4bit& w, const NestedTable& table, int nested_shift, uint64_t block,
+                                      uint64_t blocks) {
+    if (nested) decode(w, table, nested_shift, block, std::min(blocks, kBlocks));
   }
   FUSETUNE_INLINE_METHOD float at(const Weight4bit& w, uint64_t block) const {
     return nested ? values[block - first] : w.absmax[block];
@@ -79,6 +102,15 @@ struct Row4bit {
   Weight4bit w;
   Codebook code;
   int shift, nested_shift;
+  NestedTable table;
+
+  explicit Row4bit(const Rows& rows)
+      : w(*rows.quantized), code(rows.code), shift(rows.block_shift), nested_shift(rows.nested_shift) {
+#if defined(FUSETUNE_HAS_BYTE_LOOKUP)
+    if (nested) make_byte_table(w.nested_code, table);
+#endif
+  }
+
   using State = RowAbsmax<nested>;
   struct Run {
     ScaledCodebook code;
@@ -86,7 +118,8 @@ struct Row4bit {
   };
   int64_t span() const { return nested ? static_cast<int64_t>(State::kBlocks) * w.blocksize : w.cols; }
   void prepare(State& state, int64_t row, int64_t i) const {
-    state.prepare(w, nested_shift, static_cast<uint64_t>(row * w.cols + i) >> shift);
+    state.prepare(w, table, nested_shift, static_cast<uint64_t>(row * w.cols + i) >> shift,
+                  static_cast<uint64_t>(w.cols - i) >> shift);
   }
   int64_t stop(int64_t i) const { return i + w.blocksize; }
   Run open(const State& state, int64_t row, int64_t i) const {
@@ -127,23 +160,61 @@ struct GemvArgs {
   MutMatrix y;
 };
 
-// y[0 .. m)[row] = sums, summed over their lanes, + bias + tail.
+// y[0 .. m)[row .. row + n) = sums [kLanes][m], each summed over its lanes, + bias + tail. Transposed, all are summed at
+// once, and y is written in whole vectors: threads would fight over its lines, number by number.
 template <int m>
-FUSETUNE_INLINE void finish_row(const GemvArgs& args, int64_t row, F (&sums)[m]) {
-  for (int64_t i = 0; i < args.rank; i += kLanes) {
-    const int n = static_cast<int>(std::min<int64_t>(kLanes, args.rank - i));
-    const F v = load_part(args.right + row * args.rank + i, n);
-    for (int s = 0; s < m; ++s) sums[s] = fma(v, load_part(args.left + s * args.rank + i, n), sums[s]);
+static void finish_rows(const GemvArgs& args, int64_t row, int n, F (&sums)[kLanes][m]) {
+  for (int r = 0; r < n; ++r) {
+    for (int64_t i = 0; i < args.rank; i += kLanes) {
+      const int count = static_cast<int>(std::min<int64_t>(kLanes, args.rank - i));
+      const F v = load_part(args.right + (row + r) * args.rank + i, count);
+      for (int s = 0; s < m; ++s) sums[r][s] = fma(v, load_part(args.left + s * args.rank + i, count), sums[r][s]);
+    }
   }
   for (int s = 0; s < m; ++s) {
-    const float value = hsum(sums[s]) + (args.bias ? args.bias[row] : 0.f);
-    store_floats(&value, args.y.data, args.y.dtype, s * args.y.ld + row, 1);
+    F v[kLanes];
+    for (int r = 0; r < kLanes; ++r) v[r] = r < n ? sums[r][s] : zero();
+    transpose(v);
+    for (int half = kLanes / 2; half; half /= 2) {
+      for (int r = 0; r < half; ++r) v[r] = add(v[r], v[r + half]);
+    }
+    const F value = args.bias ? add(v[0], load_part(args.bias + row, n)) : v[0];
+    const int64_t at = s * args.y.ld + row;
+    const auto typed = [&](auto* y) { n == kLanes ? store(y + at, value) : store_part(y + at, value, n); };
+    if (args.y.dtype == Dtype::f32) {
+      typed(static_cast<float*>(args.y.data));
+    } else if (args.y.dtype == Dtype::f16) {
+      typed(static_cast<f16*>(args.y.data));
+    } else {
+      typed(static_cast<bf16*>(args.y.data));
+    }
   }
 }
 
-// y[0 .. m)[row .. row + rows)
+// All rows of the weight, rows_at_once at a time: dot(std::integral_constant<int, rows>, row, sums) gives the lanes of
+// sums [rows][m]. Long chunks: a thread prefetches beyond its own in vain, and has nothing prefetched at its start.
+template <int m, int rows_at_once, class Dot>
+static void for_rows(const GemvArgs& args, const Dot& dot) {
+  constexpr int64_t kChunksPerThread = 4;
+  const int64_t even = args.n / (kChunksPerThread * num_threads()), step = std::max<int64_t>(1, even / 16) * 16;
+  parallel_chunks((args.n + step - 1) / step, [&](int64_t chunk) {
+    const int64_t end = std::min((chunk + 1) * step, args.n);
+    for (int64_t row = chunk * step; row < end; row += kLanes) {
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, end - row));
+      F sums[kLanes][m];
+      int r = 0;
+      for (; r + rows_at_once <= n; r += rows_at_once) {
+        dot(std::integral_constant<int, rows_at_once>{}, row + r, sums + r);
+      }
+      for (; r < n; ++r) dot(std::integral_constant<int, 1>{}, row + r, sums + r);
+      finish_rows(args, row, n, sums);
+    }
+  });
+}
+
+// sums [rows][m], not yet summed over their lanes, of rows [row, row + rows) of the weight.
 template <int m, int rows, class Source>
-static void dot_rows(const Source& source, const GemvArgs& args, int64_t row) {
+static void dot_rows(const Source& source, const GemvArgs& args, int64_t row, F (*sums)[m]) {
   // Enough independent chains to cover the latency of the FMA.
   constexpr int chains = std::min(kChunkVectors, std::max(1, 8 / (m * rows)));
   F acc[rows][m][chains];
@@ -195,34 +266,20 @@ static void dot_rows(const Source& source, const GemvArgs& args, int64_t row) {
     multiply(v);
   }
   for (int r = 0; r < rows; ++r) {
-    F sums[m];
     for (int s = 0; s < m; ++s) {
-      sums[s] = acc[r][s][0];
-      for (int c = 1; c < chains; ++c) sums[s] = add(sums[s], acc[r][s][c]);
+      sums[r][s] = acc[r][s][0];
+      for (int c = 1; c < chains; ++c) sums[r][s] = add(sums[r][s], acc[r][s][c]);
     }
-    finish_row(args, row + r, sums);
   }
-}
-
-// Of n weight rows, how many make a chunk of work: a multiple of kRowsAtOnce, and at least 16, about a microsecond.
-static inline int64_t rows_of_chunk(int64_t n) {
-  return std::max<int64_t>(16, n / (32 * num_threads()) / kRowsAtOnce * kRowsAtOnce);
-}
-
-template <int m, class Source>
-static void gemv_rows(const Source& source, const GemvArgs& args) {
-  const int64_t step = rows_of_chunk(args.n);
-  parallel_chunks((args.n + step - 1) / step, [&](int64_t chunk) {
-    const int64_t end = std::min((chunk + 1) * step, args.n);
-    int64_t row = chunk * step;
-    for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) dot_rows<m, kRowsAtOnce>(source, args, row);
-    for (; row < end; ++row) dot_rows<m, 1>(source, args, row);
-  });
 }
 
 template <int m = 1, class Source>
 static void gemv(int64_t rows, const Source& source, const GemvArgs& args) {
-  if (rows == m) return gemv_rows<m>(source, args);
+  if (rows == m) {
+    return for_rows<m, kRowsAtOnce>(args, [&](auto at_once, int64_t row, F(*sums)[m]) {
+      dot_rows<m, at_once.value>(source, args, row, sums);
+    });
+  }
   if constexpr (m < kGemvRows) gemv<m + 1>(rows, source, args);
 }
 

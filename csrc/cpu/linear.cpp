@@ -42,8 +42,8 @@ void linear_gemv(const Matrix& x, int64_t m, int64_t n, int64_t k, const Weight&
   }
   const Rows rows = weight_rows(w);
   if (w.quantized->absmax_q)
-    return gemv(m, Row4bit<true>{*w.quantized, rows.code, rows.block_shift, rows.nested_shift}, args);
-  gemv(m, Row4bit<false>{*w.quantized, rows.code, rows.block_shift, 0}, args);
+    return gemv(m, Row4bit<true>(rows), args);
+  gemv(m, Row4bit<false>(rows), args);
 }
 
 }  // namespace

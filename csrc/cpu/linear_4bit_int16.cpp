@@ -18,39 +18,36 @@ constexpr int kScaled = 64;  // activations that share a scale
 // Eight products of 15-bit and 13-bit magnitudes fit an int32 lane: 8 * 32767 * 8191 < 2^31.
 constexpr float kMaxWord = 32767.f, kMaxCode = 8191.f;
 
-// The integer in the low bits after adding 1.5 * 2^23, rounded.
-FUSETUNE_INLINE int16_t round_to_word(float v) { return static_cast<int16_t>(float_to_bits(v + 12582912.f)); }
-
 // words [steps][m][kWords], scales [steps][m][kLanes], a step being kWords elements of k, rounded up with zeros. False
 // if x is not finite.
 bool quantize_rows(const Matrix& x, int64_t m, int64_t k, float scale, int16_t* words, float* scales) {
+  F check = zero();  // a NaN may be lost in max, but not in a sum of products with zero
   for (int64_t d = 0; d < k; d += kWords) {
     for (int64_t s = 0; s < m; ++s, words += kWords, scales += kLanes) {
       alignas(64) float v[kWords] = {};
-      float of_part[2] = {}, inverse[2] = {};
+      float of_part[2] = {};
       load_floats(x.data, x.dtype, s * x.ld + d, std::min<int64_t>(kWords, k - d), v);
       for (int part = 0; part < kWords / kScaled; ++part) {
-        const float* first = v + part * kScaled;
-        // A NaN may be lost in max, but not in a sum of products with zero.
-        F largest = zero(), check = zero();
+        float* first = v + part * kScaled;
+        F largest = zero();
         for (int i = 0; i < kScaled; i += kLanes) {
           largest = max(largest, abs(load(first + i)));
           check = fma(load(first + i), zero(), check);
         }
-        if (hsum(check) != 0.f) return false;
         const float absmax = hmax(largest);
-        inverse[part] = absmax > 0 ? kMaxWord / absmax : 0.f;
-        if (!std::isfinite(inverse[part])) return false;
+        const float inverse = absmax > 0 ? kMaxWord / absmax : 0.f;
+        if (!std::isfinite(inverse)) return false;
         of_part[part] = absmax / kMaxWord * scale;
+        // Rounded, the integer is in the low bits after adding 1.5 * 2^23.
+        for (int i = 0; i < kScaled; i += kLanes) {
+          store(first + i, add(mul(load(first + i), set1(inverse)), set1(12582912.f)));
+        }
       }
       store(scales, word_scales(of_part[0], of_part[1]));
-      for (int i = 0; i < kWords; ++i) {
-        const int element = word_element(i);
-        words[i] = round_to_word(v[element] * inverse[element / kScaled]);
-      }
+      for (int i = 0; i < kWords; ++i) words[i] = static_cast<int16_t>(float_to_bits(v[word_element(i)]));
     }
   }
-  return true;
+  return hsum(check) == 0.f;
 }
 
 struct WordArgs {
@@ -59,9 +56,10 @@ struct WordArgs {
   WordCodebook code;
 };
 
-// y[0 .. m)[row .. row + rows)
+// As dot_rows of gemv.h.
 template <int m, int rows, bool nested>
-void dot_rows_of_words(const Row4bit<nested>& source, const WordArgs& x, const GemvArgs& args, int64_t row) {
+void dot_rows_of_words(const Row4bit<nested>& source, const WordArgs& x, const GemvArgs& args, int64_t row,
+                       F (*sums)[m]) {
   RowAbsmax<nested> state[rows];
   F acc[rows][m];
   for (auto& of_row : acc) {
@@ -104,25 +102,18 @@ void dot_rows_of_words(const Row4bit<nested>& source, const WordArgs& x, const G
     for (; i + kWords <= end; i += kWords) step(i, std::true_type{});
     if (i < end) step(i, std::false_type{}), i = end;
   }
-  for (int r = 0; r < rows; ++r) finish_row(args, row + r, acc[r]);
-}
-
-template <int m, bool nested>
-void rows_of_words(const Row4bit<nested>& source, const WordArgs& x, const GemvArgs& args) {
-  // A single row of x is bound by memory, which is read best as one stream.
-  constexpr int kRows = m == 1 ? 1 : kRowsAtOnce;
-  const int64_t step = rows_of_chunk(args.n);
-  parallel_chunks((args.n + step - 1) / step, [&](int64_t chunk) {
-    const int64_t end = std::min((chunk + 1) * step, args.n);
-    int64_t row = chunk * step;
-    for (; row + kRows <= end; row += kRows) dot_rows_of_words<m, kRows>(source, x, args, row);
-    for (; row < end; ++row) dot_rows_of_words<m, 1>(source, x, args, row);
-  });
+  for (int r = 0; r < rows; ++r) std::copy_n(acc[r], m, sums[r]);
 }
 
 template <bool nested, int m = 1>
 void dispatch_rows(int64_t rows, const Row4bit<nested>& source, const WordArgs& x, const GemvArgs& args) {
-  if (rows == m) return rows_of_words<m>(source, x, args);
+  // A single row of x is bound by memory, which is read best as one stream.
+  constexpr int kRows = m == 1 ? 1 : kRowsAtOnce;
+  if (rows == m) {
+    return for_rows<m, kRows>(args, [&](auto at_once, int64_t row, F(*sums)[m]) {
+      dot_rows_of_words<m, at_once.value>(source, x, args, row, sums);
+    });
+  }
   if constexpr (m < 8) dispatch_rows<nested, m + 1>(rows, source, x, args);
 }
 
@@ -149,9 +140,9 @@ bool linear_4bit_int16(const Matrix& x, int64_t m, int64_t n, int64_t k, const W
   const Weight weight{&w, {}};
   const Rows rows = weight_rows(weight);
   if (w.absmax_q) {
-    dispatch_rows(m, Row4bit<true>{w, rows.code, rows.block_shift, rows.nested_shift}, word_args, args);
+    dispatch_rows(m, Row4bit<true>(rows), word_args, args);
   } else {
-    dispatch_rows(m, Row4bit<false>{w, rows.code, rows.block_shift, 0}, word_args, args);
+    dispatch_rows(m, Row4bit<false>(rows), word_args, args);
   }
   return true;
 }

@@ -146,6 +146,41 @@ FUSETUNE_INLINE __m256 dot_pairs(__m256 a, __m256 b, __m256 c) {
 }
 #endif
 
+#if defined(FUSETUNE_ISA_AVX512_BF16)
+// Any table of 256 floats, looked up 64 at a time: each of a float's four bytes has a table of its own, in four
+// registers. A chain of scalar loads takes four times as long.
+#define FUSETUNE_HAS_BYTE_LOOKUP 1
+struct ByteTable {
+  alignas(64) uint8_t planes[4][256];
+};
+static inline void make_byte_table(const float* values, ByteTable& table) {
+  for (int i = 0; i < 256; ++i) {
+    uint8_t bytes[4];
+    memcpy(bytes, values + i, 4);
+    for (int p = 0; p < 4; ++p) table.planes[p][i] = bytes[p];
+  }
+}
+FUSETUNE_INLINE void lookup_64(const ByteTable& table, const uint8_t* q, F (&out)[4]) {
+  // The unpacking below works within 128 bits: their dwords change places first.
+  const U order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const U index = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(q));
+  const __mmask64 upper = _mm512_movepi8_mask(index);
+  U plane[4];
+  for (int p = 0; p < 4; ++p) {
+    const uint8_t* t = table.planes[p];
+    const U below = _mm512_permutex2var_epi8(_mm512_load_si512(t), index, _mm512_load_si512(t + 64));
+    const U above = _mm512_permutex2var_epi8(_mm512_load_si512(t + 128), index, _mm512_load_si512(t + 192));
+    plane[p] = _mm512_mask_blend_epi8(upper, below, above);
+  }
+  const U a = _mm512_unpacklo_epi8(plane[0], plane[1]), b = _mm512_unpacklo_epi8(plane[2], plane[3]);
+  const U c = _mm512_unpackhi_epi8(plane[0], plane[1]), d = _mm512_unpackhi_epi8(plane[2], plane[3]);
+  out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b));
+  out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
+  out[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(c, d));
+  out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(c, d));
+}
+#endif
+
 // 128 values in 16-bit fixed point from one vector of 32 words: nibble after nibble of each word is shifted to where
 // vpermw reads. The first 64 values are in the lower half of the lanes.
 #define FUSETUNE_HAS_INT16 1
