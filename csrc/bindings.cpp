@@ -74,6 +74,24 @@ F built(F kernel, const char* name) {
   return kernel;
 }
 
+// The matrices of N adapters, as the kernels take them.
+class FusionMatrices {
+ public:
+  explicit FusionMatrices(const std::vector<MatrixArg>& values) : dtype_(dtype(std::get<2>(values.at(0)))) {
+    for (const auto& [address, ld, code] : values) {
+      if (dtype(code) != dtype_) throw std::invalid_argument("the adapters' values must be of one dtype");
+      data_.push_back(pointer<void>(address));
+      ld_.push_back(ld);
+    }
+  }
+  FusionValues values() const { return {data_.data(), ld_.data(), static_cast<int64_t>(data_.size()), dtype_}; }
+
+ private:
+  Dtype dtype_;
+  std::vector<const void*> data_;
+  std::vector<int64_t> ld_;
+};
+
 using DenseArg = std::optional<MatrixArg>;
 
 // Calls f with the weight that exactly one of the two arguments gives.
@@ -99,6 +117,8 @@ bool has(const std::string& name) {
   if (name == "dora_norm") return k.dora_norm;
   if (name == "cross_entropy") return k.cross_entropy;
   if (name == "cross_entropy_backward") return k.cross_entropy_backward;
+  if (name == "fusion_attend") return k.fusion_attend;
+  if (name == "fusion_attend_backward") return k.fusion_attend_backward;
   if (name == "dropout") return k.dropout;
   if (name == "fma_peak") return k.fma_peak;
   throw std::invalid_argument("no kernel is called " + name);
@@ -239,6 +259,34 @@ void bind_loss(py::module_& m) {
         });
 }
 
+void bind_fusion(py::module_& m) {
+  m.def("fusion_attend",
+        [](const MatrixArg& g, int64_t rows, int64_t h, const std::vector<MatrixArg>& values, Address offset,
+           float temperature, const DropoutArg& dropout, const MatrixArg& ctx, Address p) {
+          const auto run = built(kernels().fusion_attend, "fusion_attend");
+          const Matrix in = matrix(g);
+          const MutMatrix out = mut_matrix(ctx);
+          const FusionMatrices matrices(values);
+          py::gil_scoped_release no_gil;
+          run(in, rows, h, matrices.values(), pointer<float>(offset), temperature, dropout_of(dropout), out,
+              pointer<float>(p));
+        });
+  m.def("fusion_attend_backward",
+        [](const MatrixArg& dctx, const MatrixArg& g, int64_t rows, int64_t h, const std::vector<MatrixArg>& values,
+           Address p, float temperature, const DropoutArg& dropout, const MatrixArg& dg,
+           const std::vector<Address>& dvalues, Address doffset) {
+          const auto run = built(kernels().fusion_attend_backward, "fusion_attend_backward");
+          const Matrix upper = matrix(dctx), in = matrix(g);
+          const MutMatrix out = mut_matrix(dg);
+          const FusionMatrices matrices(values);
+          std::vector<void*> gradients;
+          for (const Address address : dvalues) gradients.push_back(pointer<void>(address));
+          py::gil_scoped_release no_gil;
+          run(upper, in, rows, h, matrices.values(), pointer<float>(p), temperature, dropout_of(dropout), out,
+              gradients.empty() ? nullptr : gradients.data(), pointer<float>(doffset));
+        });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -248,4 +296,5 @@ PYBIND11_MODULE(_C, m) {
   bind_linear(m);
   bind_lora(m);
   bind_loss(m);
+  bind_fusion(m);
 }

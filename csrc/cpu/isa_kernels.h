@@ -28,6 +28,8 @@ Function<decltype(Kernels::lora_da)> lora_da;
 Function<decltype(Kernels::dora_norm)> dora_norm;
 Function<decltype(Kernels::cross_entropy)> cross_entropy;
 Function<decltype(Kernels::cross_entropy_backward)> cross_entropy_backward;
+Function<decltype(Kernels::fusion_attend)> fusion_attend;
+Function<decltype(Kernels::fusion_attend_backward)> fusion_attend_backward;
 Function<decltype(Kernels::dropout)> dropout;
 Function<decltype(Kernels::fma_peak)> fma_peak;
 

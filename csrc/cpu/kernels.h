@@ -62,6 +62,14 @@ struct Dropout {
   float scale;
 };
 
+// What N adapters gave for the same rows: a matrix [M, H] each, all of one dtype.
+struct FusionValues {
+  const void* const* data;
+  const int64_t* ld;
+  int64_t count;
+  Dtype dtype;
+};
+
 struct Kernels {
   const char* isa;
   int lanes;  // fp32 lanes of a vector
@@ -101,6 +109,14 @@ struct Kernels {
   void (*cross_entropy_backward)(const Matrix& logits, int64_t m, int64_t v, const int64_t* target,
                                  int64_t ignore_index, float smoothing, const float* lse, const float* dloss,
                                  const MutMatrix& dlogits);
+  // p [M, N] = softmax_i(drop(g [M, H] . values_i + offset [M]) / temperature), ctx [M, H] = sum_i p_i values_i.
+  // offset may be null. The dropout's matrix is [M, N].
+  void (*fusion_attend)(const Matrix& g, int64_t m, int64_t h, const FusionValues& values, const float* offset,
+                        float temperature, const Dropout& dropout, const MutMatrix& ctx, float* p);
+  // dg [M, H], doffset [M] and, unless it is null, dvalues: N matrices [M, H] without gaps in the values' dtype.
+  void (*fusion_attend_backward)(const Matrix& dctx, const Matrix& g, int64_t m, int64_t h, const FusionValues& values,
+                                 const float* p, float temperature, const Dropout& dropout, const MutMatrix& dg,
+                                 void* const* dvalues, float* doffset);
   // out [M, K] = x [M, K] with the dropout of `dropout` applied (for tests).
   void (*dropout)(const Matrix& x, int64_t m, int64_t k, const Dropout& dropout, const MutMatrix& out);
   // fp32 FMA peak of the calling core in GF/s, measured for about `seconds`: what benchmarks divide by.

@@ -25,6 +25,8 @@ const Kernels table = {
     /*dora_norm=*/dora_norm,
     /*cross_entropy=*/cross_entropy,
     /*cross_entropy_backward=*/cross_entropy_backward,
+    /*fusion_attend=*/fusion_attend,
+    /*fusion_attend_backward=*/fusion_attend_backward,
     /*dropout=*/dropout,
     /*fma_peak=*/fma_peak,
 };
