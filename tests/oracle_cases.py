@@ -124,12 +124,21 @@ def load(model, case, adapter):
     assert not left
 
 
-def composition(tree, names=None):
-    """Our composition for the one in cases.json."""
+def composition(tree):
+    """Our composition for the one in cases.json.
+
+    adapters divides the weighted mean of Average by the number of adapters once more. What it
+    computed is had by weights that are that much smaller.
+    """
     if isinstance(tree, str):
         return tree
     kind = next(key for key in tree if key in NODES)
     arguments = {key: value for key, value in tree.items() if key != kind}
+    if kind == "average":
+        count = len(tree[kind])
+        weights = tree.get("weights") or [1.0] * count
+        arguments = {"weights": [w / sum(weights) / count for w in weights]}
+        arguments["normalize_weights"] = False
     return NODES[kind](*map(composition, tree[kind]), **arguments)
 
 
