@@ -1,12 +1,11 @@
 """Attention over N adapters' outputs, row by row: scores, softmax and the weighted sum in one pass.
 
 Tiling: a program has ROWS rows with all of their columns in registers, and goes over the adapters
-one by one. Forward the softmax is carried along: what is summed so far is rescaled whenever a score
-tops the largest before. Backward the sum that every score's gradient needs, D = sum_j p_j dp_j, is
-known only at the end; as it enters linearly, dg = sum_i c_i p_i dp_i v_i - D sum_i c_i p_i v_i, with
-both sums carried along, and dvalues does not need the values. dp is counted from the first
-adapter's, which leaves nothing large to cancel. The next adapter's rows are asked for before this
-one's are worked on.
+one by one; the next one's rows are asked for before this one's are worked on. Forward the softmax
+is carried along: what is summed so far is rescaled whenever a score tops the largest before.
+Backward the sum that every score's gradient needs, D = sum_j p_j dp_j, is known only at the end. It
+enters linearly: dg = sum_i c_i p_i dp_i v_i - D sum_i c_i p_i v_i has both sums carried along, and
+dvalues does not need the values. dp is counted from the first adapter's: nothing large cancels.
 
 Bytes, for values of o bytes an element: N M H o of values, M H of g and of ctx, 4 M N of p;
 backward the values, g, dctx and p once more, and as much written as gradients. Nothing twice.
@@ -24,8 +23,8 @@ from fusetune._triton._tile import keep_mask, signed
 
 MOST_COLS = 8192  # of a row that a program holds in registers
 MOST_STACKS = 16  # tensors of values in one launch
-_EACH = 32  # elements of a tile that a thread holds
-_EACH_BACKWARD = 16
+_EACH = 32  # elements of a tile that a thread holds: 16-bit ones forward, and all others
+_EACH_ELSE = 16
 
 
 @triton.jit
@@ -234,7 +233,8 @@ def launch_fusion_attend(
     p = torch.empty(m, n, dtype=torch.float32, device=g.device)
     if m == 0:
         return ctx, p
-    rows, cols, warps = _tiles(h, _EACH)
+    narrow = values[0].element_size() == 2
+    rows, cols, warps = _tiles(h, _EACH if narrow else _EACH_ELSE)
     _attend[(triton.cdiv(m, rows),)](
         g,
         *_described(values),
@@ -280,7 +280,7 @@ def launch_fusion_attend_backward(
     doffset = torch.empty(m, dtype=torch.float32, device=g.device)
     stacks, *shapes = _described(values)
     dstacks = [torch.empty(part.shape, dtype=part.dtype, device=g.device) for part in stacks]
-    rows, cols, warps = _tiles(h, _EACH_BACKWARD)
+    rows, cols, warps = _tiles(h, _EACH_ELSE)
     if m:
         _attend_backward[(triton.cdiv(m, rows),)](
             dctx,

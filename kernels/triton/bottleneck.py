@@ -1,0 +1,278 @@
+"""y = residual + drop(f(x W_d^T + b_d) W_u^T + b_u), and z = x W_d^T + b_d, for d up to 256.
+
+Tiling: a program has ROWS rows, all of one adapter. It goes over H, COLS columns at a time, for z,
+which stays in registers, and goes over H once more for y. Where x is the residual too, it is held
+in registers between the two as long as they have room for ROWS of it (HELD tiles); else its second
+read is of what the cache has just got. Groups of rows come from a table: any number of adapters in
+one launch. The mask is drawn from its seed in registers.
+
+Bytes, for x of o bytes an element: M H o of x and of y, M d o of z, M H o of a residual that is
+not x, and 2 d H of parameters, which every program reads: M / ROWS times, from the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fusetune._triton._activation import activate
+from fusetune._triton._tile import dot_wide, keep_mask, rank_block, signed, terms
+
+MOST = 256  # d
+
+
+@triton.jit
+def rows_of(table, M, rows, GROUPED: tl.constexpr):
+    """(group, first row, end of the rows) of this program."""
+    if GROUPED:
+        at = table + tl.program_id(0) * 3
+        group, first, end = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    else:
+        group = tl.cast(0, tl.int64)
+        first = tl.program_id(0).to(tl.int64) * rows
+        end = tl.minimum(first + rows, M.to(tl.int64))
+    return group, first, end
+
+
+@triton.jit
+def matrix_tile(base, row, col, end, H, stride):
+    """Rows `row` and columns `col` of a matrix [., H], 0 from row `end` on."""
+    return tl.load(
+        base + row[:, None] * stride + col[None, :],
+        mask=(row < end)[:, None] & (col < H)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _down(acc, tile, down, k, H, d, TERMS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr):
+    """acc + tile W_d^T for columns k to k + COLS."""
+    col, rank = k + tl.arange(0, COLS), tl.arange(0, RANKS)
+    part = tl.load(
+        down + rank[None, :] * H + col[:, None],
+        mask=(rank < d)[None, :] & (col < H)[:, None],
+        other=0.0,
+    )
+    return dot_wide(tile, part, acc, TERMS)
+
+
+@triton.jit
+def _up(
+    a,
+    added,
+    up,
+    up_bias,
+    key,
+    y,
+    row,
+    k,
+    end,
+    H,
+    d,
+    threshold,
+    factor,
+    ADD: tl.constexpr,
+    UP_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TERMS: tl.constexpr,
+    COLS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """Writes columns k to k + COLS of y."""
+    col, rank = k + tl.arange(0, COLS), tl.arange(0, RANKS)
+    part = tl.load(
+        up + col[None, :] * d + rank[:, None],
+        mask=(rank < d)[:, None] & (col < H)[None, :],
+        other=0.0,
+    )
+    out = dot_wide(a, part, tl.zeros((row.shape[0], COLS), tl.float32), TERMS)
+    if UP_BIAS:
+        out += tl.load(up_bias + col, mask=col < H, other=0.0).to(tl.float32)[None, :]
+    if DROPOUT:
+        kept = keep_mask(key, row, k, H, threshold, COLS, ALIGNED)
+        out = tl.where(kept, out * factor, 0.0)
+    if ADD:
+        out += added.to(tl.float32)
+    inside = (row < end)[:, None] & (col < H)[None, :]
+    tl.store(y + row[:, None] * H + col[None, :], out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _bottleneck(
+    x,
+    down,
+    down_bias,
+    up,
+    up_bias,
+    residual,
+    seed,
+    table,
+    y,
+    z,
+    M,
+    H,
+    d,
+    stride_x,
+    stride_r,
+    threshold,
+    factor,
+    ACTIVATION: tl.constexpr,
+    GROUPED: tl.constexpr,
+    DOWN_BIAS: tl.constexpr,
+    UP_BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    HELD: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TERMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    group, first, end = rows_of(table, M, ROWS, GROUPED)
+    row, col, rank = first + tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, RANKS)
+    down += group * d * H
+    up += group * d * H
+    up_bias += group * H
+    acc = tl.zeros((ROWS, RANKS), tl.float32)
+    held = ()
+    if HELD:
+        for i in tl.static_range(HELD):
+            held = (*held, matrix_tile(x, row, i * COLS + col, end, H, stride_x))
+        for i in tl.static_range(HELD):
+            acc = _down(acc, held[i], down, i * COLS, H, d, TERMS, COLS, RANKS)
+    else:
+        for k in range(0, H, COLS):
+            tile = matrix_tile(x, row, k + col, end, H, stride_x)
+            acc = _down(acc, tile, down, k, H, d, TERMS, COLS, RANKS)
+    if DOWN_BIAS:
+        bias = tl.load(down_bias + group * d + rank, mask=rank < d, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    inside = (row < end)[:, None] & (rank < d)[None, :]
+    tl.store(z + row[:, None] * d + rank[None, :], acc.to(z.dtype.element_ty), mask=inside)
+    a = activate(acc, ACTIVATION).to(x.dtype.element_ty)
+    key = 0
+    if DROPOUT:
+        key = tl.load(seed)
+    if HELD:
+        for i in tl.static_range(HELD):
+            _up(
+                a, held[i], up, up_bias, key, y, row, i * COLS, end, H, d, threshold, factor,
+                ADD, UP_BIAS, DROPOUT, ALIGNED, TERMS, COLS, RANKS,
+            )  # fmt: skip
+    else:
+        for k in range(0, H, COLS):
+            added = a
+            if ADD:
+                added = matrix_tile(residual, row, k + col, end, H, stride_r)
+            _up(
+                a, added, up, up_bias, key, y, row, k, end, H, d, threshold, factor,
+                ADD, UP_BIAS, DROPOUT, ALIGNED, TERMS, COLS, RANKS,
+            )  # fmt: skip
+
+
+class Tiles(NamedTuple):
+    rows: int
+    cols: int
+    warps: int
+    stages: int
+    held: int = 0  # tiles of x that stay in registers
+
+
+_HELD_BYTES = 96 * 1024  # of x in the registers of a program
+
+
+def tiles(
+    x: torch.dtype, h: int, ranks: int, n_terms: int, same: bool, quads: bool | None
+) -> Tiles:
+    """quads: of a dropout, whether one counter serves four elements."""
+    if x == torch.float32:
+        return Tiles(32, 32, 4 if ranks <= 64 else 8, 2)
+    return Tiles(64, 64, 8, 2)
+
+
+@lru_cache(maxsize=64)
+def blocks_table(rows: tuple[int, ...], size: int, device: torch.device) -> torch.Tensor:
+    """int64 [blocks, 3]: (group, first row, end) of every block of at most `size` rows."""
+    table, start = [], 0
+    for group, count in enumerate(rows):
+        end = start + count
+        table += [(group, at, min(at + size, end)) for at in range(start, end, size)]
+        start = end
+    return torch.tensor(table, dtype=torch.int64, device=device)
+
+
+def launch_bottleneck(
+    x: torch.Tensor,
+    down_weight: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    up_weight: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    rows: Sequence[int],
+    activation: str,
+    residual: torch.Tensor | None,
+    same: bool,
+    seed: torch.Tensor | None = None,
+    threshold: int = 0,
+    factor: float = 1.0,
+    *,
+    arch: int = 80,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y [M, H], z [M, d]), both in x's dtype.
+
+    x, residual: [M, H], rows contiguous, fp32, fp16 or bf16; `same`: x is the residual. weights
+    [G, d, H] and [G, H, d] and biases [G, d] and [G, H]: contiguous, any of these dtypes, both
+    weights of one; group g serves the g-th run of `rows`, which sum to M. seed: int64 [1]; elements
+    whose word is below threshold (32 bits) are dropped, the others multiplied by the factor.
+    """
+    (m, h), d = x.shape, down_weight.shape[1]
+    y = torch.empty(m, h, dtype=x.dtype, device=x.device)
+    z = torch.empty(m, d, dtype=x.dtype, device=x.device)
+    if m == 0:
+        return y, z
+    n_terms, block = terms(down_weight, x.dtype, arch), rank_block(d)
+    quads = None if seed is None else h % 4 == 0
+    shape = tiles(x.dtype, h, block, n_terms, same, quads)
+    table = blocks_table(tuple(rows), shape.rows, x.device) if len(rows) > 1 else None
+    added = x if same else residual
+    _bottleneck[(triton.cdiv(m, shape.rows) if table is None else len(table),)](
+        x,
+        down_weight,
+        z if down_bias is None else down_bias,
+        up_weight,
+        z if up_bias is None else up_bias,
+        x if added is None else added,
+        z if seed is None else seed,
+        z if table is None else table,
+        y,
+        z,
+        m,
+        h,
+        d,
+        x.stride(0),
+        0 if added is None else added.stride(0),
+        signed(threshold),
+        factor,
+        ACTIVATION=activation,
+        GROUPED=table is not None,
+        DOWN_BIAS=down_bias is not None,
+        UP_BIAS=up_bias is not None,
+        ADD=added is not None,
+        HELD=shape.held,
+        DROPOUT=seed is not None,
+        ALIGNED=bool(quads),
+        TERMS=n_terms,
+        ROWS=shape.rows,
+        COLS=shape.cols,
+        RANKS=block,
+        num_warps=shape.warps,
+        enable_fp_fusion=True,
+        num_stages=shape.stages,
+    )
+    return y, z
