@@ -1,8 +1,13 @@
 """Fused kernels for parameter-efficient fine-tuning of Hugging Face models.
 
 `fuse(model)` speeds up a model that PEFT has wrapped, in place; `ops` holds the operations,
-`nn` modules for those who use neither PEFT nor bitsandbytes.
+`nn` modules for those who use neither PEFT nor bitsandbytes. BottleneckConfig and its like are
+methods that PEFT does not have; they import peft when they are first used.
 """
+
+import importlib
+import sys
+from typing import Any
 
 from fusetune import nn, ops
 from fusetune.fuse import fuse, fused, unfuse
@@ -20,3 +25,38 @@ __all__ = [
     "ops",
     "unfuse",
 ]
+
+# Public too, but not in __all__: `from fusetune import *` is not to import peft.
+_METHODS = (
+    "AdapterFusionConfig",
+    "Average",
+    "BatchSplit",
+    "BottleneckConfig",
+    "Fuse",
+    "MadXConfig",
+    "Parallel",
+    "Split",
+    "Stack",
+    "compose",
+    "fusion_regularization",
+)
+_LAZY = {
+    **dict.fromkeys(_METHODS, "fusetune.methods"),
+    "load_adapterhub": "fusetune.integrations.adapterhub",
+    "save_adapterhub": "fusetune.integrations.adapterhub",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fusetune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+# Saved adapters can be loaded by PEFT once it knows the methods.
+if "peft" in sys.modules:
+    importlib.import_module("fusetune.methods")

@@ -139,6 +139,13 @@ def _transformers() -> types.ModuleType | None:
     return importlib.import_module("fusetune.integrations.transformers")
 
 
+def _adapters() -> types.ModuleType | None:
+    """What knows fusetune's own adapters, which call their op by themselves."""
+    if "fusetune.methods" not in sys.modules:
+        return None
+    return importlib.import_module("fusetune.methods.bottleneck.report")
+
+
 def _looker(model: nn.Module) -> Callable[[], list[Row]]:
     # A report must not keep a model alive.
     reference = weakref.ref(model)
@@ -155,11 +162,16 @@ def _looker(model: nn.Module) -> Callable[[], list[Row]]:
 def _rows(model: nn.Module) -> list[Row]:
     fused_classes = set(_swaps().values())
     rows = []
+    adapters: Any = _adapters()
     inside: set[nn.Module] = set()  # base layers, which the row of their LoRA layer covers
     for name, module in model.named_modules():
         if module in inside:
             continue
         try:
+            carried = None if adapters is None else adapters.carrier(module)
+            if carried is not None:  # over any module: what is below it has rows of its own
+                rows.append(Row(name, adapters.METHOD, *carried))
+                continue
             row = _row(name, module, fused_classes)
         except ValueError as error:
             raise ValueError(f"{name or 'the model'}: {error}") from error

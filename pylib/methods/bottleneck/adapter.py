@@ -165,7 +165,7 @@ def groupable(adapters: Sequence[BottleneckAdapter]) -> bool:
 def grouped(
     adapters: Sequence[BottleneckAdapter], x: Tensor, residual: Tensor, sizes: Sequence[int]
 ) -> Tensor:
-    """The results of adapters that are `groupable`: sizes[i] sequences of x [B, T, H] for the i-th."""
+    """Results of adapters that are `groupable`: the i-th serves sizes[i] sequences of x [B, T, H]."""
     length = x.shape[1:-1].numel()
     return ops.bottleneck(
         x,

@@ -10,7 +10,7 @@ from torch import nn
 
 from fusetune.methods.bottleneck.adapter import BottleneckAdapter
 from fusetune.methods.bottleneck.architectures import Place
-from fusetune.methods.bottleneck.composition import Node, first
+from fusetune.methods.bottleneck.composition import Node, adapters_in, first
 from fusetune.methods.bottleneck.config import AdapterConfig, BottleneckConfig
 from fusetune.methods.bottleneck.evaluate import Site, State, evaluate
 
@@ -55,7 +55,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = []
 
     def update_layer(self, name: str, config: AdapterConfig, hidden_size: int) -> None:
-        """Adds an adapter or a fusion, as its config says, on this layer's device and in its dtype."""
+        """Adds what a config asks for at this place, on this layer's device and in its dtype."""
         self.query_before_norm.pop(name, None)
         fusion = config.make_fusion(hidden_size)
         if fusion is not None:
@@ -100,7 +100,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return self._ended(state.hidden, stream)
 
     def _ended(self, result: Tensor, stream: Tensor | None) -> Tensor:
-        """What to return so that the sub-layer ends with `result`, whatever the model adds to it."""
+        """What to return so that the sub-layer ends with `result`, whatever the model adds."""
         location = self.place.location
         if location.norm is None:
             return result - stream
@@ -109,6 +109,17 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         else:
             self._final = result
         return result
+
+    def present(self, tree: Node) -> list[str]:
+        """The adapters of a composition that are here."""
+        return [name for name in adapters_in(tree) if name in self.bn_adapters]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the layer around this: that of its norms, where weights are quantised."""
+        own = {id(p) for p in self.bn_adapters.parameters()}
+        weights = (p for p in self._layer[0].parameters() if id(p) not in own)
+        return next((p.dtype for p in weights if p.is_floating_point()), torch.float32)
 
     def active_tree(self) -> Node | None:
         """The composition to evaluate; None where there is none or adapters are disabled."""
@@ -160,8 +171,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def coupling(self) -> Any:
         """The invertible block of the composition's first adapter, or None."""
         tree = self.active_tree()
-        name = None if tree is None else first(tree)
-        return self.bn_couplings[name] if name in self.bn_couplings else None
+        if tree is None or first(tree) not in self.bn_couplings:
+            return None
+        return self.bn_couplings[first(tree)]
 
     def _embed(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
         coupling = self.coupling()
