@@ -137,6 +137,8 @@ def _header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} must hold an object, got {type(header).__name__}")
+    if "peft_type" in header:
+        raise ValueError(f"{path} is PEFT's: use PeftModel.from_pretrained or load_adapter")
     for key, kinds in (("name", (str,)), ("config", (dict, str))):
         if not isinstance(header.get(key), kinds):
             names = " or ".join(kind.__name__ for kind in kinds)

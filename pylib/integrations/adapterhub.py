@@ -244,9 +244,10 @@ def _check_export(config: BottleneckConfig, model_type: str) -> None:
 def _fold_temperatures(model: PeftModel, name: str, tensors: dict[str, Tensor]) -> None:
     """Divides the query (or the key, where there is none) of each location by its temperature."""
     for layer in keys.bottleneck_layers(model):
-        fusion = layer.bn_fusions[name] if name in layer.bn_fusions else None
-        if not isinstance(fusion, AdapterFusion):
+        if name not in layer.bn_fusions:
             continue
+        fusion = layer.bn_fusions[name]
+        assert isinstance(fusion, AdapterFusion)
         temperature = fusion.current_temperature()
         if temperature == 1:
             continue
