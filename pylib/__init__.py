@@ -5,6 +5,7 @@
 methods that PEFT does not have; they import peft when they are first used.
 """
 
+import contextlib
 import importlib
 import sys
 from typing import Any
@@ -57,6 +58,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
 
 
-# Saved adapters can be loaded by PEFT once it knows the methods.
+# Saved adapters can be loaded by PEFT once it knows the methods. A PEFT that is too old for them
+# says so when one is used: all else works with it.
 if "peft" in sys.modules:
-    importlib.import_module("fusetune.methods")
+    with contextlib.suppress(ImportError):
+        importlib.import_module("fusetune.methods")

@@ -165,7 +165,7 @@ def groupable(adapters: Sequence[BottleneckAdapter]) -> bool:
 def grouped(
     adapters: Sequence[BottleneckAdapter], x: Tensor, residual: Tensor, sizes: Sequence[int]
 ) -> Tensor:
-    """Results of adapters that are `groupable`: the i-th serves sizes[i] sequences of x [B, T, H]."""
+    """What adapters that are `groupable` give: the i-th for sizes[i] sequences of x [B, T, H]."""
     length = x.shape[1:-1].numel()
     return ops.bottleneck(
         x,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -214,7 +215,7 @@ class _seed:
     """A with block under a seed of its own for each place, torch's generator untouched."""
 
     def __init__(self, seed: int | None, key: str) -> None:
-        self._seed = None if seed is None else seed + sum(map(ord, key))
+        self._seed = None if seed is None else seed + zlib.crc32(key.encode())
         self._fork: Any = None
 
     def __enter__(self) -> None:

@@ -1,4 +1,4 @@
-"""What `fuse`'s report says of a bottleneck layer. It calls the op by itself: nothing is swapped."""
+"""What `fuse`'s report says of a bottleneck layer, which calls its op by itself: no swap."""
 
 from __future__ import annotations
 
