@@ -65,7 +65,7 @@ ACTIVATIONS: dict[str, tuple[Function, Function]] = {
     "tanh": (torch.tanh, lambda z: 1 - torch.tanh(z) ** 2),
     "leakyrelu": (
         lambda z: torch.where(z > 0, z, LEAKY_SLOPE * z),
-        lambda z: torch.where(z > 0, 1.0, LEAKY_SLOPE).to(z.dtype),
+        lambda z: torch.where(z > 0, torch.ones_like(z), LEAKY_SLOPE),
     ),
     "sigmoid": (torch.sigmoid, _sigmoid_derivative),
     "identity": (lambda z: z, torch.ones_like),
