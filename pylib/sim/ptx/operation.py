@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from fusetune.sim.errors import UnknownInstruction
-from fusetune.sim.ptx.machine import SPECIAL, Machine
+from fusetune.sim.ptx.machine import Machine
 from fusetune.sim.ptx.syntax import Instruction, Variable
+from fusetune.sim.ptx.threads import SPECIAL
 from fusetune.sim.ptx.types import DTYPES, UNSIGNED, Array, Value, literal
 
 CARRY = "%carry"  # the register that add.cc sets; no PTX name is like it

@@ -12,11 +12,12 @@ import numpy as np
 from fusetune.sim.counts import Counts
 from fusetune.sim.errors import SimError
 from fusetune.sim.ptx.instructions import make
-from fusetune.sim.ptx.machine import WARP, Dim3, Machine
+from fusetune.sim.ptx.machine import Machine
 from fusetune.sim.ptx.memory import Region
 from fusetune.sim.ptx.operation import CARRY, Operation
 from fusetune.sim.ptx.shared_memory import LARGEST_GRANULE
 from fusetune.sim.ptx.syntax import Instruction, Kernel, Module, Variable, parse
+from fusetune.sim.ptx.threads import WARP, Dim3
 from fusetune.sim.ptx.types import DTYPES
 
 _BATCH = 8192  # threads that run at once: more are faster until they leave the caches

@@ -10,10 +10,10 @@ import numpy as np
 from fusetune.sim.errors import UnknownInstruction
 from fusetune.sim.ptx.instructions.load_store import take_space
 from fusetune.sim.ptx.instructions.registry import instruction
-from fusetune.sim.ptx.machine import Step
 from fusetune.sim.ptx.memory import GlobalMemory, LocalMemory, space_of
 from fusetune.sim.ptx.operation import Operation
 from fusetune.sim.ptx.shared_memory import SharedMemory
+from fusetune.sim.ptx.threads import Step
 from fusetune.sim.ptx.types import DTYPES, Array, bf16_to_f32, f32_to_bf16
 
 _ADDABLE = {"u32", "s32", "u64", "s64", "f16", "bf16", "f16x2", "bf16x2", "f32", "f64"}

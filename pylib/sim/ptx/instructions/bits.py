@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from fusetune.sim.ptx.instructions.registry import instruction
-from fusetune.sim.ptx.machine import Step
 from fusetune.sim.ptx.operation import Operation
+from fusetune.sim.ptx.threads import Step
 from fusetune.sim.ptx.types import DTYPES, UNSIGNED, Value
 
 _LOGIC: dict[str, Callable[..., Any]] = {

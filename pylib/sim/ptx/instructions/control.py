@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fusetune.sim.errors import SimError, UnknownInstruction
 from fusetune.sim.ptx.instructions.registry import instruction
-from fusetune.sim.ptx.machine import Step
 from fusetune.sim.ptx.operation import Operation, Read
+from fusetune.sim.ptx.threads import Step
 
 
 def _guard(x: Operation) -> Read | None:

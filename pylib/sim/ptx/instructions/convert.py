@@ -9,8 +9,8 @@ import numpy as np
 
 from fusetune.sim.errors import UnknownInstruction
 from fusetune.sim.ptx.instructions.registry import instruction
-from fusetune.sim.ptx.machine import Step
 from fusetune.sim.ptx.operation import Operation
+from fusetune.sim.ptx.threads import Step
 from fusetune.sim.ptx.types import (
     DTYPES,
     FLOATS,

@@ -7,8 +7,9 @@ import numpy as np
 from fusetune.sim.errors import UnknownInstruction
 from fusetune.sim.ptx.instructions.load_store import take_space
 from fusetune.sim.ptx.instructions.registry import instruction
-from fusetune.sim.ptx.machine import Machine, Step
+from fusetune.sim.ptx.machine import Machine
 from fusetune.sim.ptx.operation import Operation
+from fusetune.sim.ptx.threads import Step
 from fusetune.sim.ptx.types import UNSIGNED, Array
 
 

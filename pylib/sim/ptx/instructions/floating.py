@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from fusetune.sim.ptx.instructions.registry import instruction
-from fusetune.sim.ptx.machine import Machine, Step
+from fusetune.sim.ptx.machine import Machine
 from fusetune.sim.ptx.operation import Operation, Read, Write
+from fusetune.sim.ptx.threads import Step
 from fusetune.sim.ptx.types import bf16_to_f32, f32_to_bf16, flush
 
 _TYPES = frozenset({"f16", "bf16", "f16x2", "bf16x2", "f32", "f32x2", "f64"})

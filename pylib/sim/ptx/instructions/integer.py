@@ -9,8 +9,8 @@ import numpy as np
 from fusetune.sim.errors import UnknownInstruction
 from fusetune.sim.ptx.instructions import floating
 from fusetune.sim.ptx.instructions.registry import instruction
-from fusetune.sim.ptx.machine import Step
 from fusetune.sim.ptx.operation import CARRY, Operation, Read
+from fusetune.sim.ptx.threads import Step
 from fusetune.sim.ptx.types import DTYPES, INTEGERS, Value
 
 _NUMBERS = {name: dtype for name, dtype in INTEGERS.items() if dtype.itemsize > 1}

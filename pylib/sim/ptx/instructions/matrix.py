@@ -17,8 +17,9 @@ from fusetune.sim.errors import UnknownInstruction
 from fusetune.sim.ptx import traffic
 from fusetune.sim.ptx.instructions.load_store import take_space
 from fusetune.sim.ptx.instructions.registry import instruction
-from fusetune.sim.ptx.machine import WARP, Machine, Step
+from fusetune.sim.ptx.machine import Machine
 from fusetune.sim.ptx.operation import Operation, Read
+from fusetune.sim.ptx.threads import WARP, Step
 from fusetune.sim.ptx.types import Array, bf16_to_f32, fp8_values, tf32_to_f32
 
 _ALL = np.uint32(0xFFFFFFFF)

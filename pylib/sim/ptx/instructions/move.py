@@ -7,8 +7,8 @@ import numpy as np
 from fusetune.sim.errors import UnknownInstruction
 from fusetune.sim.ptx.access import LOCAL_WINDOW, SHARED_WINDOW
 from fusetune.sim.ptx.instructions.registry import instruction
-from fusetune.sim.ptx.machine import Step
 from fusetune.sim.ptx.operation import Operation
+from fusetune.sim.ptx.threads import Step
 from fusetune.sim.ptx.types import BITS, DTYPES, FLOATS, INTEGERS, UNSIGNED, Array, Value
 
 _MOVABLE = {*BITS, *INTEGERS, *FLOATS, "pred"}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fusetune.sim.errors import UnknownInstruction
-from fusetune.sim.ptx.machine import CONTROL, Step
+from fusetune.sim.ptx.machine import CONTROL
 from fusetune.sim.ptx.operation import Operation
+from fusetune.sim.ptx.threads import Step
 
 Maker = Callable[[Operation], Step]
 _MAKERS: dict[str, Maker] = {}

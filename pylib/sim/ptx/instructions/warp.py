@@ -8,8 +8,9 @@ import numpy as np
 
 from fusetune.sim.errors import SimError
 from fusetune.sim.ptx.instructions.registry import instruction
-from fusetune.sim.ptx.machine import WARP, Machine, Step
+from fusetune.sim.ptx.machine import Machine
 from fusetune.sim.ptx.operation import Operation
+from fusetune.sim.ptx.threads import WARP, Step
 from fusetune.sim.ptx.types import Array, Value
 
 _BITS = np.uint64(1) << np.arange(WARP, dtype=np.uint64)
