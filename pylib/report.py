@@ -52,7 +52,7 @@ class FuseReport:
         """The report as text: columns module, layers, method, backend, state."""
         lines = _lines(self.rows, full)
         if not lines:
-            return "nothing to fuse: the model has no LoRA, adapter or 4-bit layer, and no known loss"
+            return "nothing to fuse: the model has no LoRA, adapter or 4-bit layer or known loss"
         head = ("module", "layers", "method", "backend", "state")
         widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
         text = [

@@ -151,7 +151,7 @@ def test_delete():
 def test_delete_of_an_adapter_that_is_not_everywhere():
     """PEFT would let every layer choose another active adapter, by what it has."""
     configs = [pfeiffer(leave_out=[0]), pfeiffer(), pfeiffer(leave_out=[1])]
-    base, inputs = plain("bert")
+    base, _ = plain("bert")
     model = get_peft_model(base.eval(), configs[0], adapter_name="c")
     model.add_adapter("b", configs[1])
     model.add_adapter("x", configs[2])
