@@ -7,8 +7,13 @@
 //            blocksize, rows, cols)
 //   Dropout (seed, threshold, scale) or None
 //   LowRank (left, right, rank, scale) or None
+//   Adapters (hidden, bottleneck, rows of each group, down, up, down_bias, up_bias, activation), down and up a Matrix
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <optional>
 #include <stdexcept>
@@ -30,6 +35,8 @@ using Weight4bitArg = std::tuple<Address, Address, Address, Address, Address, Ad
                                  int64_t, int64_t>;
 using DropoutArg = std::optional<std::tuple<uint64_t, uint32_t, float>>;
 using LowRankArg = std::optional<std::tuple<Address, Address, int64_t, float>>;
+
+using AdaptersArg = std::tuple<int64_t, int64_t, std::vector<int64_t>, MatrixArg, MatrixArg, Address, Address, int>;
 
 template <class T>
 T* pointer(Address address) {
@@ -65,6 +72,15 @@ LowRank low_rank(const LowRankArg& arg) {
   if (!arg) return {nullptr, nullptr, 0, 0.0f};
   const auto& [left, right, rank, scale] = *arg;
   return {pointer<float>(left), pointer<float>(right), rank, scale};
+}
+
+Adapters adapters_of(const AdaptersArg& arg) {
+  const auto& [hidden, bottleneck, rows, down, up, down_bias, up_bias, activation] = arg;
+  if (activation < 0 || activation > static_cast<int>(Activation::identity)) {
+    throw std::invalid_argument("no activation has the code " + std::to_string(activation));
+  }
+  return {static_cast<int64_t>(rows.size()), hidden, bottleneck, rows.data(), matrix(down), matrix(up),
+          pointer<float>(down_bias), pointer<float>(up_bias), static_cast<Activation>(activation)};
 }
 
 // The kernel, or a clear error where this instruction set's table has none.
@@ -104,6 +120,17 @@ void with_weight(const std::optional<Weight4bitArg>& w4, const DenseArg& dense, 
   f(w);
 }
 
+// Asks for huge pages under memory that nothing was written to yet. The kernel then maps 2 MB at a time, not 4 KB.
+void advise_huge_pages(Address address, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr Address kPage = 4096;
+  const Address begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
+  if (begin < end) madvise(pointer<void>(begin), end - begin, MADV_HUGEPAGE);  // advice: whether it helps or not
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
 bool has(const std::string& name) {
   const Kernels& k = kernels();
   if (name == "quantize_4bit") return k.quantize_4bit;
@@ -115,6 +142,8 @@ bool has(const std::string& name) {
   if (name == "lora_ds_db") return k.lora_ds_db;
   if (name == "lora_da") return k.lora_da;
   if (name == "dora_norm") return k.dora_norm;
+  if (name == "bottleneck") return k.bottleneck;
+  if (name == "bottleneck_backward") return k.bottleneck_backward;
   if (name == "cross_entropy") return k.cross_entropy;
   if (name == "cross_entropy_backward") return k.cross_entropy_backward;
   if (name == "fusion_attend") return k.fusion_attend;
@@ -144,6 +173,7 @@ void bind_runtime(py::module_& m) {
   m.def("pool_name", &pool_name);
   m.def("num_threads", &num_threads);
   m.def("last_region_threads", &last_region_threads);
+  m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
   m.def("fma_peak", [](double seconds) {
     const auto run = built(kernels().fma_peak, "fma_peak");
     py::gil_scoped_release no_gil;
@@ -238,6 +268,30 @@ void bind_lora(py::module_& m) {
   });
 }
 
+void bind_adapters(py::module_& m) {
+  m.def("bottleneck", [](const MatrixArg& x, int64_t rows, const AdaptersArg& adapters, const MatrixArg& addend,
+                         const DropoutArg& drop, const MatrixArg& y, const MatrixArg& z) {
+    const auto run = built(kernels().bottleneck, "bottleneck");
+    const Adapters all = adapters_of(adapters);
+    const Matrix in = matrix(x), added = matrix(addend);
+    const MutMatrix out = mut_matrix(y), kept = mut_matrix(z);
+    py::gil_scoped_release no_gil;
+    run(in, rows, all, added, dropout_of(drop), out, kept);
+  });
+  m.def("bottleneck_backward",
+        [](const MatrixArg& dy, const MatrixArg& x, const MatrixArg& z, int64_t rows, const AdaptersArg& adapters,
+           const MatrixArg& addend, const DropoutArg& drop, const MatrixArg& dx, const MatrixArg& d_down,
+           const MatrixArg& d_up, Address d_down_bias, Address d_up_bias) {
+          const auto run = built(kernels().bottleneck_backward, "bottleneck_backward");
+          const Adapters all = adapters_of(adapters);
+          const Matrix from = matrix(dy), in = matrix(x), kept = matrix(z), added = matrix(addend);
+          const AdapterGradients out = {mut_matrix(dx), mut_matrix(d_down), mut_matrix(d_up),
+                                        pointer<float>(d_down_bias), pointer<float>(d_up_bias)};
+          py::gil_scoped_release no_gil;
+          run(from, in, kept, rows, all, added, dropout_of(drop), out);
+        });
+}
+
 void bind_loss(py::module_& m) {
   m.def("cross_entropy", [](const MatrixArg& logits, int64_t rows, int64_t v, Address target, int64_t ignore_index,
                             float smoothing, Address loss, Address lse) {
@@ -295,6 +349,7 @@ PYBIND11_MODULE(_C, m) {
   bind_4bit(m);
   bind_linear(m);
   bind_lora(m);
+  bind_adapters(m);
   bind_loss(m);
   bind_fusion(m);
 }

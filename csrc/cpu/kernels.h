@@ -70,6 +70,24 @@ struct FusionValues {
   Dtype dtype;
 };
 
+enum class Activation : int { relu, gelu, gelu_new, silu, tanh, leakyrelu, sigmoid, identity };
+
+// Bottleneck adapters; group g serves the g-th run of rows. down [groups * bottleneck, hidden], up [groups * hidden,
+// bottleneck], both without gaps; biases [groups, bottleneck] and [groups, hidden], or null.
+struct Adapters {
+  int64_t groups, hidden, bottleneck;
+  const int64_t* rows;
+  Matrix down, up;
+  const float *down_bias, *up_bias;
+  Activation activation;
+};
+
+// What bottleneck_backward writes, null where it need not: dx, and gradients of the shapes that Adapters has.
+struct AdapterGradients {
+  MutMatrix dx, down, up;
+  float *down_bias, *up_bias;
+};
+
 struct Kernels {
   const char* isa;
   int lanes;  // fp32 lanes of a vector
@@ -101,6 +119,12 @@ struct Kernels {
   // norm [N] = || W [N, K] + scale * lora_B [N, r] . lora_A [r, K] || by rows
   void (*dora_norm)(const Weight& w, int64_t n, int64_t k, const float* lora_A, const float* lora_B, int64_t rank,
                     float scale, float* norm);
+  // z [M, d] = x [M, H] . down^T + down_bias, y [M, H] = addend + drop(f(z) . up^T + up_bias). addend: [M, H] or null.
+  void (*bottleneck)(const Matrix& x, int64_t m, const Adapters& adapters, const Matrix& addend, const Dropout& dropout,
+                     const MutMatrix& y, const MutMatrix& z);
+  // The gradients from dy [M, H], x and z. addend, dy or null, is added to dx.
+  void (*bottleneck_backward)(const Matrix& dy, const Matrix& x, const Matrix& z, int64_t m, const Adapters& adapters,
+                              const Matrix& addend, const Dropout& dropout, const AdapterGradients& out);
   // loss [M] and lse [M] (log-sum-exp) of logits [M, V]; both 0 in rows whose target is ignore_index. Returns the first
   // row with any other target outside [0, V), before anything is written, or -1.
   int64_t (*cross_entropy)(const Matrix& logits, int64_t m, int64_t v, const int64_t* target, int64_t ignore_index,

@@ -14,6 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _check
+from fusetune.ops._bottleneck_cpu import CPU_BACKWARD, CPU_FORWARD
 from fusetune.ops._registry import LIB, Impl, Op, plain
 from fusetune.ops._weight import as_rows
 from fusetune.reference import bottleneck as reference
@@ -153,10 +154,17 @@ def _fold(
 # They take x, dy and a residual as rows [M, H], and weights and biases with the leading G.
 
 
-OP = Op("bottleneck", Impl("reference", reference.bottleneck, lambda case: None, 0))
+OP = Op("bottleneck", CPU_FORWARD, Impl("reference", reference.bottleneck, lambda case: None, 0))
 OP_BACKWARD = Op(
-    "bottleneck_backward", Impl("reference", reference.bottleneck_backward, lambda case: None, 0)
+    "bottleneck_backward",
+    CPU_BACKWARD,
+    Impl("reference", reference.bottleneck_backward, lambda case: None, 0),
 )
+
+
+def _weight_dtype(down_weight: Tensor, up_weight: Tensor) -> torch.dtype:
+    """What the choice of an implementation depends on: float64, which has no kernels, wins."""
+    return up_weight.dtype if up_weight.dtype == torch.float64 else down_weight.dtype
 
 
 def _forward(
@@ -180,7 +188,7 @@ def _forward(
     if rows is None:
         parameters = [None if p is None else p.unsqueeze(0) for p in parameters]
         rows = [flat.shape[0]]
-    run = OP.run(x.device.type, x.dtype, down_weight.dtype)
+    run = OP.run(x.device.type, x.dtype, _weight_dtype(down_weight, up_weight))
     y, z = run(flat, *parameters, rows, activation, residual, same, dropout_p, seed)
     return y if x.dim() == 2 else y.view(x.shape), z
 
@@ -196,7 +204,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """(dx, d_down_weight, d_down_bias, d_up_weight, d_up_bias); see the reference."""
     h = x.shape[-1]
-    run = OP_BACKWARD.run(dy.device.type, dy.dtype, down_weight.dtype)
+    run = OP_BACKWARD.run(dy.device.type, dy.dtype, _weight_dtype(down_weight, up_weight))
     flat = as_rows(x, h)
     if rows is not None:
         dx, *grads = run(as_rows(dy, h), flat, down_weight, up_weight, z, rows, *arguments)
