@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from fusetune.ops import _cpu
 from fusetune.ops._registry import LIB, Impl, Op, plain
 from fusetune.ops._weight import as_rows
 from fusetune.reference import adapter_fusion as reference
@@ -47,9 +48,76 @@ def attend(
 # --- implementations ---- -------------------------------------------------------------------------
 
 
-OP = Op("fusion_attend", Impl("reference", reference.fusion_attend, lambda case: None, 0))
+def _matrices(stacks: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    """The kernels' description of each adapter's [M, H]."""
+    return [_cpu.matrix(rows) for stack in stacks for rows in stack.unbind()]
+
+
+def _cpu_forward(
+    g: Tensor,
+    values: Sequence[Tensor],
+    offset: Tensor | None,
+    temperature: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    m, h = g.shape
+    matrices = _matrices(values)
+    ctx = _cpu.empty(m, h, dtype=g.dtype)
+    p = _cpu.empty(m, len(matrices), dtype=torch.float32)
+    shift = None if offset is None else _cpu.fp32(offset)
+    _cpu.kernels().fusion_attend(
+        _cpu.matrix(g),
+        m,
+        h,
+        matrices,
+        0 if shift is None else shift.data_ptr(),
+        temperature,
+        _cpu.dropout(dropout_p, seed),
+        _cpu.matrix(ctx),
+        p.data_ptr(),
+    )
+    return ctx, p
+
+
+def _cpu_backward(
+    dctx: Tensor,
+    g: Tensor,
+    values: Sequence[Tensor],
+    p: Tensor,
+    temperature: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dvalues: bool,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    m, h = g.shape
+    dg, doffset = _cpu.empty(m, h, dtype=g.dtype), _cpu.empty(m, dtype=torch.float32)
+    parts = values if need_dvalues else []
+    dvalues = [_cpu.empty(*part.shape, dtype=part.dtype) for part in parts]
+    _cpu.kernels().fusion_attend_backward(
+        _cpu.matrix(dctx),
+        _cpu.matrix(g),
+        m,
+        h,
+        _matrices(values),
+        p.data_ptr(),
+        temperature,
+        _cpu.dropout(dropout_p, seed),
+        _cpu.matrix(dg),
+        [rows.data_ptr() for stack in dvalues for rows in stack.unbind()],
+        doffset.data_ptr(),
+    )
+    return dg, dvalues, doffset
+
+
+OP = Op(
+    "fusion_attend",
+    Impl("cpu", _cpu_forward, _cpu.supports("fusion_attend"), 10),
+    Impl("reference", reference.fusion_attend, lambda case: None, 0),
+)
 OP_BACKWARD = Op(
     "fusion_attend_backward",
+    Impl("cpu", _cpu_backward, _cpu.supports("fusion_attend_backward"), 10),
     Impl("reference", reference.fusion_attend_backward, lambda case: None, 0),
 )
 
@@ -116,8 +184,11 @@ class _FusionAttend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dctx: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         g, p, seed, *values = ctx.saved_tensors
+        temperature, dropout_p = ctx.plain
         need_dvalues = any(ctx.needs_input_grad[5:])
-        dg, dvalues, doffset = _backward(dctx, g, values, p, *ctx.plain, seed, need_dvalues)
+        dg, dvalues, doffset = _backward(
+            dctx, g, values, p, temperature, dropout_p, seed, need_dvalues
+        )
         no_gradients = [None] * len(values)
         need_doffset = ctx.needs_input_grad[1]
         return dg, doffset if need_doffset else None, None, None, None, *(dvalues or no_gradients)
