@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fusetune.methods.bottleneck.adapter import BottleneckAdapter
-from fusetune.methods.bottleneck.architectures import Place, backbone_prefix
+from fusetune.methods.bottleneck.architectures import (
+    Place,
+    architecture_of,
+    backbone_prefix,
+    places,
+)
+from fusetune.methods.bottleneck.config import BottleneckConfig
 from fusetune.methods.bottleneck.coupling import Coupling
 from fusetune.methods.bottleneck.fusion import AdapterFusion
-from fusetune.methods.bottleneck.layer import BottleneckLayer
+from fusetune.methods.bottleneck.layer import BottleneckLayer, is_wanted
 
 Tensor = torch.Tensor
 
@@ -91,6 +98,16 @@ def parameters(model: nn.Module, base: nn.Module, name: str) -> Iterator[tuple[s
             owner = "encoder." if model_type == _T5 else ""
             for key, parameter in coupling.named_parameters():
                 yield f"{owner}invertible_adapters.{name}.{key}", parameter
+
+
+def unused_fusion_paths(base: nn.Module, members: Sequence[BottleneckConfig]) -> Iterator[str]:
+    """Where adapters has modules of a fusion without an adapter to fuse: in layers left out."""
+    everywhere = [replace(member, leave_out=[]) for member in members]
+    for place in places(base, architecture_of(base)):
+        used = any(is_wanted(member, place) for member in members)
+        if not used and any(is_wanted(member, place) for member in everywhere):
+            model_type = base.config.model_type  # type: ignore[union-attr]
+            yield _path(model_type, place, backbone_prefix(base))
 
 
 def _path(model_type: str, place: Place, prefix: str) -> str:

@@ -58,6 +58,8 @@ def load_adapterhub(
     _check_names(name, config, peft_model)
     checkpoint = _renamed(checkpoint, name)
     if peft_model is not None:
+        if isinstance(config, AdapterFusionConfig):
+            checkpoint = _without_unused(checkpoint, base, config, peft_model)
         active = peft_model.active_adapter
         peft_model.add_adapter(name, config)
         try:
@@ -198,12 +200,26 @@ def _check_names(name: str, config: AdapterConfig, peft_model: PeftModel | None)
 
 
 def _renamed(checkpoint: files.Checkpoint, name: str) -> files.Checkpoint:
-    """With the keys of an adapter of another name; what a fusion never uses is left out."""
+    """With the keys of an adapter of another name."""
     old = f"{checkpoint.files.container}.{checkpoint.name}."
     new = f"{checkpoint.files.container}.{name}."
     tensors = {key.replace(old, new, 1): value for key, value in checkpoint.tensors.items()}
-    if checkpoint.files is files.FUSION:
-        tensors = {key: value for key, value in tensors.items() if f"{new}dense." not in key}
+    return checkpoint._replace(tensors=tensors)
+
+
+def _without_unused(
+    checkpoint: files.Checkpoint, base: Any, config: AdapterFusionConfig, model: PeftModel
+) -> files.Checkpoint:
+    """Without what adapters writes of a fusion and never uses."""
+    members = [model.peft_config[adapter] for adapter in config.adapters]
+    container = checkpoint.files.container
+    unused = tuple(f"{path}.{container}." for path in keys.unused_fusion_paths(base, members))
+    tensors = {
+        key: value
+        for key, value in checkpoint.tensors.items()
+        # A layer of its own, where there is neither query nor key nor value.
+        if not key.startswith(unused) and key.split(".")[-2] != "dense"
+    }
     return checkpoint._replace(tensors=tensors)
 
 

@@ -92,6 +92,14 @@ CASES = {
     "fusion_temperature": fused("dynamic", temperature=True),
     "fusion_par_bn": fused("dynamic", "par_bn"),
     "fusion_no_query_key": fused("dynamic", query=False, key=False),
+    "fusion_without_projections": fused("static", query=False, key=False),
+    "fusion_leave_out": case(  # the checkpoint has a fusion in the layer left out too
+        "bert",
+        {"fuse": ["a", "b"]},
+        ("dynamic", {}),
+        a=("seq_bn", {"leave_out": [0]}),
+        b=("seq_bn", {"leave_out": [0]}),
+    ),
     "fusion_in_stack": case(
         "bert",
         {"stack": ["lang", {"fuse": ["a", "b"]}]},

@@ -14,11 +14,12 @@ The test that writes such a folder and runs this script:
 
     FUSETUNE_ADAPTERS_PYTHON=oracle/bin/python pytest tests/methods/test_adapterhub.py -k adapters
 
-Prints the largest difference of every case; exits with 1 if one is more than 2e-5 of the largest
+Prints the largest difference of every case; exits with 1 if one is more than 5e-6 of the largest
 output, or if adapters did not take exactly the tensors in the files.
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -28,10 +29,11 @@ from models import adapter_model, base_model
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
-TOLERANCE = 2e-5  # fp32, two layers: some hundred roundings
+TOLERANCE = 5e-6  # fp32, two layers: some dozens of roundings
 
 
 def main(exported):
+    logging.disable(logging.WARNING)
     cases = json.loads((HERE / "cases.json").read_text())["cases"]
     names = sorted(path.stem for path in exported.glob("*.safetensors"))
     bad = [name for name in names if not check(name, cases[name], exported)]
