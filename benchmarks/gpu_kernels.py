@@ -120,6 +120,14 @@ def _mask(p: float) -> tuple[Tensor | None, int, float]:
     return torch.tensor([1]), *threshold_and_scale(p)
 
 
+def _dropout(sizes: Sizes, arch: int) -> None:
+    from fusetune._triton.dropout import launch_dropout
+
+    m, _, k = sizes
+    x, kept, rest = (tensor(m, k) for _ in range(3))
+    launch_dropout(x, kept, torch.tensor([1]), *threshold_and_scale(DROPOUT), rest)
+
+
 def _shrink(
     sizes: Sizes, arch: int, count: int = 1, p: float = 0.0, adapter: torch.dtype = torch.bfloat16
 ) -> None:
@@ -242,6 +250,7 @@ TRITON = (
         _PIPELINED,
     ),
     Case("lora_da, dropout", "triton", "_da", lambda s, arch: _da(s, arch, p=DROPOUT), _PIPELINED),
+    Case("dropout", "triton", "_dropout", _dropout, ("wide loads", "wide stores")),
     Case("sum_parts", "triton", "_sum_parts", _sum_parts, _WIDE),
     Case("linear with tail", "triton", "_linear", _linear, _PIPELINED, newest=True),
     Case(

@@ -20,7 +20,7 @@ from fusetune.ops import _cpu, _gpu_linear, _lora_linear_cpu, _triton
 from fusetune.ops._lora_linear_gpu import ByTriton
 from fusetune.ops._registry import Impl
 from fusetune.ops._weight import Weight
-from fusetune.reference.dropout import keep_mask, threshold_and_scale
+from fusetune.reference.dropout import threshold_and_scale
 
 Tensor = torch.Tensor
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -225,8 +225,12 @@ def _triton_forward(
         y = _gpu_linear.linear(rows, weight, added, (s, b, scaling), _gpu_linear.Scale(c, z))
     else:
         factor = threshold_and_scale(dropout_p)[1]
-        kept = _ByTriton.keep(rows, dropout_p, seed)
-        y = _gpu_linear.linear(torch.sub(rows, kept, alpha=factor), weight, added)
+        kept, rest = (
+            torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) for _ in range(2)
+        )
+        _triton.dropout(rows, kept, dropout_p, seed, rest)
+        y = _gpu_linear.linear(rest, weight, added)
+        del rest
         s = ByTriton.shrink(kept, a, 0.0, None)
         scale = _gpu_linear.Scale(factor * c, z, y)
         y = _gpu_linear.linear(kept, weight, None, (s, b, scaling), scale)
@@ -261,7 +265,9 @@ class _ByTriton:
 
     @staticmethod
     def keep(rows: Tensor, p: float, seed: Tensor) -> Tensor:
-        return torch.where(keep_mask(rows.shape[0], rows.shape[1], p, seed), rows, 0)
+        kept = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        _triton.dropout(rows, kept, p, seed)
+        return kept
 
 
 _NATIVE = _cpu.supports("linear", "linear_dx", "lora_shrink", "lora_ds_db", "lora_da", "dropout")

@@ -1,12 +1,13 @@
-"""The counter-based dropout: the generator, the statistics, and the native kernel."""
+"""The counter-based dropout: the generator, the statistics, and the kernels."""
 
 import math
 
 import pytest
 import torch
+from backends import simulated
 
 from fusetune import _native
-from fusetune.ops import _cpu
+from fusetune.ops import _cpu, _triton
 from fusetune.reference import dropout as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -80,3 +81,26 @@ def test_native_mask_is_the_reference(shape, p, dtype):
         out = torch.full_like(x, torch.nan)
         _native.C.dropout(_cpu.matrix(x), *shape, _cpu.dropout(p, seed_of(value)), _cpu.matrix(out))
         assert torch.equal(out, reference.dropout(x, p, seed_of(value)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arch"), [(torch.float32, 80), (torch.float16, 75), (torch.bfloat16, 80)]
+)
+@pytest.mark.parametrize(
+    ("shape", "seed", "p"),
+    [((1, 1), 0, 0.5), ((3, 5), 2**63 - 2, 0.3), ((7, 64), 2**32 + 5, 1.0), ((5, 1028), 1, 0.05)],
+)
+def test_triton_kernel_is_the_reference(shape, seed, p, dtype, arch):
+    """What is kept bit for bit, also of a matrix with a distance between rows; and the rest."""
+    x = torch.randn(shape[0], shape[1] + 3).to(dtype)[:, : shape[1]]
+    kept, rest = torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan).to(dtype)
+    with simulated("triton-sim", arch):
+        _triton.dropout(x, kept, p, seed_of(seed), rest)
+    mask = reference.keep_mask(*shape, p, seed_of(seed))
+    assert torch.equal(kept, torch.where(mask, x, 0))
+    factor = torch.tensor(reference.threshold_and_scale(p)[1], dtype=torch.float32)
+    exact = x.double() - factor.double() * kept.double()
+    # One FMA in fp32, then one rounding to dtype: of half a spacing each.
+    narrow, eps32 = torch.finfo(dtype), torch.finfo(torch.float32).eps
+    size = exact.abs().clamp(min=narrow.smallest_normal)
+    assert ((rest.double() - exact).abs() <= (narrow.eps + eps32) / 2 * size * (1 + 2**-10)).all()
