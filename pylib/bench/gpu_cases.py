@@ -13,6 +13,7 @@ import torch
 from fusetune import ops
 from fusetune.ops import _gpu_choice
 from fusetune.reference import dora_norm as dora_reference
+from fusetune.reference import merge_lora as merge_reference
 from fusetune.reference.dequantize_4bit import dequantize_4bit as dense_of
 
 from .cases import EXACT, NAMES, quantized
@@ -27,6 +28,7 @@ Tensor = torch.Tensor
 def triton_cases() -> Iterator[Case]:
     for dtype in DTYPES:
         yield dequantize_4bit(33, 328, dtype)
+        yield merge_lora(33, 328, dtype, rank=5)
         yield dora_norm(50, 328, dtype, rank=5)
         yield dora_linear(37, 40, 104, dtype, rank=5, dropout=0.0, dense=False)
         yield dora_linear(9, 40, 104, dtype, rank=5, dropout=0.3, dense=False)
@@ -118,6 +120,20 @@ def lora(
         peers={},
         exact=lambda: _reference(all_of, *(tensor.double() for tensor in inputs)),
         tolerance=4 * EXACT[dtype],  # up to four roundings in a row: s, ds, product, sum
+    )
+
+
+def merge_lora(n: int, k: int, dtype: torch.dtype, *, rank: int) -> Case:
+    w = quantized(n, k, double_quant=True)
+    a, b = (torch.randn(rank, k) / k**0.5).to(dtype), torch.randn(n, rank).to(dtype)
+    return Case(
+        op="merge_lora",
+        name=f"{NAMES[dtype]}, r={rank}",
+        shape=f"{n} × {k}",
+        ours=lambda: ops.merge_lora(w, a, b, 2.0, dtype),
+        peers={},
+        exact=lambda: merge_reference.merged(w, a, b, 2.0, torch.float64),
+        tolerance=EXACT[dtype],
     )
 
 

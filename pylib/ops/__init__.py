@@ -22,6 +22,7 @@ from fusetune.ops.dora_linear import dora_linear
 from fusetune.ops.dora_norm import dora_norm
 from fusetune.ops.linear_4bit import linear_4bit
 from fusetune.ops.lora_linear import lora_linear
+from fusetune.ops.merge_lora import merge_lora
 from fusetune.ops.quantize_4bit import quantize_4bit
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "dora_norm",
     "linear_4bit",
     "lora_linear",
+    "merge_lora",
     "quantize_4bit",
     "set_backend",
     "set_decode_int16",

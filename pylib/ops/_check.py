@@ -44,6 +44,29 @@ def check_x(x: torch.Tensor, k: int) -> None:
         raise ValueError(f"x must have shape [..., {k}], got {list(x.shape)}")
 
 
+def check_update(
+    weight: torch.Tensor | QuantizedWeight, lora_A: torch.Tensor, lora_B: torch.Tensor
+) -> None:
+    """weight [N, K], a tensor or a QuantizedWeight, lora_A [r, K], lora_B [N, r]."""
+    if not isinstance(weight, torch.Tensor | QuantizedWeight):
+        raise TypeError(
+            f"weight must be a tensor or a QuantizedWeight, got {type(weight).__name__}"
+        )
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight must be a matrix [N, K], got shape {list(weight.shape)}")
+    n, k = weight.shape
+    if isinstance(weight, torch.Tensor):
+        check_float("weight", weight)
+    check_float("lora_A", lora_A)
+    check_float("lora_B", lora_B)
+    if lora_A.dim() != 2 or lora_A.shape[1] != k:
+        raise ValueError(f"lora_A must have shape [r, {k}], got {list(lora_A.shape)}")
+    check_shape("lora_B", lora_B, (n, lora_A.shape[0]))
+    check_device("lora_B", lora_B, lora_A)
+    if weight.device != lora_A.device:
+        raise ValueError(f"weight is on {weight.device}, lora_A on {lora_A.device}")
+
+
 def check_quantized(w: QuantizedWeight, x: torch.Tensor) -> None:
     if not isinstance(w, QuantizedWeight):
         raise TypeError(f"w must be a QuantizedWeight, got {type(w).__name__}")

@@ -6,7 +6,8 @@
 - triton: the weight decoded in one launch, then one matmul that starts from the tail: the result
   is written once;
 - addmm: the weight decoded, the vendor's matmul, and the tail added in place;
-- augmented: the vendor's matmul of [x | s] and [W | scaling B]: no tail, but x is copied.
+- augmented: the vendor's matmul of [x | s] and [W | scaling B]: no tail, but x is copied. Never by
+  default: where FUSETUNE_TUNE=1 has measured it to be the fastest, or under `use_way`.
 
 Which one: `_gpu_choice`.
 """
@@ -121,9 +122,8 @@ def _augmented(rows: Tensor, weight: Weight, bias: Tensor | None, tail: Tail) ->
     k, (n, r) = rows.shape[1], b.shape
     width = k + _padded(r)
     w = torch.empty(n, width, dtype=rows.dtype, device=rows.device)
-    source = weight if isinstance(weight, Tensor) else _triton.packed(weight)
     with _triton.on(w.device):
-        launch_rows(source, n, k, lora_B=b, scaling=scaling, out=w)
+        launch_rows(_triton.rows_of(weight), n, k, lora_B=b, scaling=scaling, out=w)
     y = _beside(rows, s, width) @ w.T
     return y if bias is None else y.add_(bias)
 

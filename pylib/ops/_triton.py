@@ -90,6 +90,13 @@ def supports(case: Case) -> str | None:
     return None
 
 
+def supports_mixed(case: Case) -> str | None:
+    """`supports` of kernels that take a dense weight of another dtype than case.dtype."""
+    if case.weight is not None and case.weight not in DTYPES:
+        return f"no kernel for {case.weight}"
+    return supports(case._replace(weight=None))
+
+
 def packed(w: QuantizedWeight) -> Packed:
     """The kernels' description of a 4-bit weight; made once and kept with it."""
     from fusetune._triton.dequantize_4bit import Packed
@@ -112,6 +119,19 @@ def packed(w: QuantizedWeight) -> Packed:
     return described
 
 
+def has_whole_words(weight: Tensor | QuantizedWeight) -> bool:
+    """Whether `launch_rows` takes it: no word of eight codes may cross rows."""
+    return isinstance(weight, Tensor) or weight.shape[1] % 8 == 0
+
+
+def rows_of(weight: Tensor | QuantizedWeight) -> Packed | Tensor:
+    """A weight [N, K] as `launch_rows` takes it; a dense one is copied where it has to be."""
+    if isinstance(weight, QuantizedWeight):
+        return packed(weight)
+    weight = weight.resolve_neg()
+    return weight if weight.stride(1) == 1 else weight.contiguous()
+
+
 def adapter(parameter: Tensor) -> Tensor:
     """A small parameter as the kernels take it: contiguous, at most fp32. Itself where it is so."""
     parameter = parameter.detach().resolve_neg()
@@ -126,6 +146,15 @@ def mask(p: float, seed: Tensor | None) -> dict[str, Any]:
         return {}
     threshold, factor = threshold_and_scale(p)
     return {"threshold": threshold, "factor": factor}
+
+
+def dropout(rows: Tensor, kept: Tensor, p: float, seed: Tensor, rest: Tensor | None = None) -> None:
+    """kept = rows, zeros where they are dropped; rest = rows - kept / (1 - p). Both contiguous."""
+    from fusetune._triton.dropout import launch_dropout
+
+    if rows.numel():
+        with on(rows.device):
+            launch_dropout(rows, kept, seed, **mask(p, seed), rest=rest)
 
 
 def on(device: torch.device) -> Any:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from fusetune.ops import _check, _cpu, _triton
-from fusetune.ops._registry import LIB, Case, Impl, Op, plain
+from fusetune.ops._registry import LIB, Impl, Op, plain
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, flatten, unflatten
-from fusetune.quantized_weight import QuantizedWeight
 from fusetune.reference import dora_norm as reference
 
 Tensor = torch.Tensor
@@ -20,9 +19,11 @@ def dora_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     """|| W_i + scaling (B A)_i ||_2 for every row, fp32 [N] (float64 for float64 adapters).
 
     weight: [N, K], a tensor or a `QuantizedWeight`; lora_A: [r, K]; lora_B: [N, r]. No gradient.
+    On a GPU a 4-bit weight whose K is not a multiple of 8 is left to the reference, which decodes
+    the whole of it: the kernel reads eight codes at a time, of one row.
     Raises TypeError or ValueError, naming the argument, for what does not fit.
     """
-    _check_arguments(weight, lora_A, lora_B)
+    _check.check_update(weight, lora_A, lora_B)
     lora_A, lora_B = lora_A.detach(), lora_B.detach()
     if isinstance(weight, Tensor):
         weight = weight.detach()
@@ -32,43 +33,18 @@ def dora_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     return _run_on(weight, lora_A, lora_B, float(scaling))
 
 
-def _check_arguments(weight: Weight, lora_A: Tensor, lora_B: Tensor) -> None:
-    if not isinstance(weight, Tensor | QuantizedWeight):
-        raise TypeError(
-            f"weight must be a tensor or a QuantizedWeight, got {type(weight).__name__}"
-        )
-    if len(weight.shape) != 2:
-        raise ValueError(f"weight must be a matrix [N, K], got shape {list(weight.shape)}")
-    n, k = weight.shape
-    if isinstance(weight, Tensor):
-        _check.check_float("weight", weight)
-    _check.check_float("lora_A", lora_A)
-    _check.check_float("lora_B", lora_B)
-    if lora_A.dim() != 2 or lora_A.shape[1] != k:
-        raise ValueError(f"lora_A must have shape [r, {k}], got {list(lora_A.shape)}")
-    _check.check_shape("lora_B", lora_B, (n, lora_A.shape[0]))
-    _check.check_device("lora_B", lora_B, lora_A)
-    if weight.device != lora_A.device:
-        raise ValueError(f"weight is on {weight.device}, lora_A on {lora_A.device}")
-
-
 # --- implementations ------------------------------------------------------------------------------
 
 
 def _triton_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    if isinstance(weight, QuantizedWeight) and weight.shape[1] % 8:
-        return reference.dora_norm(weight, lora_A, lora_B, scaling)  # words of codes cross rows
+    if not _triton.has_whole_words(weight):
+        return reference.dora_norm(weight, lora_A, lora_B, scaling)
     from fusetune._triton.dora_norm import launch_dora_norm
 
     norm = torch.empty(lora_B.shape[0], dtype=torch.float32, device=lora_B.device)
-    if isinstance(weight, Tensor):
-        weight = weight.resolve_neg()
-        source: Any = weight if weight.stride(1) == 1 else weight.contiguous()
-    else:
-        source = _triton.packed(weight)
     with _triton.on(norm.device):
         a, b = _triton.adapter(lora_A), _triton.adapter(lora_B)
-        launch_dora_norm(source, a, b, scaling, norm)
+        launch_dora_norm(_triton.rows_of(weight), a, b, scaling, norm)
     return norm
 
 
@@ -86,16 +62,9 @@ def _cpu_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     return norm
 
 
-def _supports(case: Case) -> str | None:
-    # Dense weight and adapters may differ in dtype.
-    if case.weight is not None and case.weight not in _triton.DTYPES:
-        return f"no kernel for {case.weight}"
-    return _triton.supports(case._replace(weight=None))
-
-
 OP = Op(
     "dora_norm",
-    Impl("triton", _triton_norm, _supports, 20),
+    Impl("triton", _triton_norm, _triton.supports_mixed, 20),
     Impl("cpu", _cpu_norm, _cpu.supports("dora_norm"), 10),
     Impl("reference", reference.dora_norm, lambda case: None, 0),
 )

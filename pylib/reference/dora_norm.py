@@ -11,23 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fusetune.reference.dequantize_4bit import dequantize_4bit
 from fusetune.reference.linear_4bit import accumulate_dtype
+from fusetune.reference.merge_lora import merged
 
 if TYPE_CHECKING:
     from fusetune.quantized_weight import QuantizedWeight
-
-
-def merged(
-    weight: torch.Tensor | QuantizedWeight,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    scaling: float,
-    acc: torch.dtype,
-) -> torch.Tensor:
-    """W + scaling B A in `acc`. weight [N, K], lora_A [r, K], lora_B [N, r]."""
-    dense = weight.to(acc) if isinstance(weight, torch.Tensor) else dequantize_4bit(weight, acc)
-    return dense + scaling * (lora_B.to(acc) @ lora_A.to(acc))
 
 
 def dora_norm(

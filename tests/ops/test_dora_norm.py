@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusetune import ops
 from fusetune.ops._weight import flatten
-from fusetune.reference import dora_norm as reference
+from fusetune.reference import merge_lora as reference
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # N, K, r, weight, its dtype and the adapters'. The fourth has no words of codes within rows.
