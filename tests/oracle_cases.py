@@ -1,4 +1,4 @@
-"""What the library adapters 1.3.0 computed on tiny models (tests/adapters/oracle), in our models."""
+"""What the library adapters 1.3.0 computed on tiny models (adapters/oracle), in our models."""
 
 import json
 from pathlib import Path

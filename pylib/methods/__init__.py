@@ -10,6 +10,7 @@ from fusetune.methods.bottleneck.architectures import (
     Location,
     register_architecture,
 )
+from fusetune.methods.bottleneck.compose import compose
 from fusetune.methods.bottleneck.composition import (
     Average,
     BatchSplit,
@@ -22,7 +23,6 @@ from fusetune.methods.bottleneck.config import BottleneckConfig
 from fusetune.methods.bottleneck.fusion import fusion_regularization
 from fusetune.methods.bottleneck.fusion_config import AdapterFusionConfig
 from fusetune.methods.bottleneck.madx_config import MadXConfig
-from fusetune.methods.bottleneck.model import compose
 
 _peft.register()
 

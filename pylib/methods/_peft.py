@@ -5,6 +5,8 @@ PEFT's own function for it takes names of its enumeration only.
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner
 
@@ -16,6 +18,7 @@ def register() -> None:
     """Enters the methods into PEFT's tables. Raises ImportError for a PEFT that is too old."""
     if not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
         raise ImportError("fusetune's adapters need peft 0.21 or newer: pip install -U peft")
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = AdapterConfig
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = BottleneckModel
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = BottleneckModel.prefix
+    tables: Any = mapping  # their keys are typed as PEFT's enumeration, whose members are strings
+    tables.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = AdapterConfig
+    tables.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = BottleneckModel
+    tables.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = BottleneckModel.prefix

@@ -8,7 +8,7 @@ the adapter returns. Paths are those of transformers 5.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -75,23 +75,29 @@ def register_architecture(model_type: str, architecture: Architecture) -> None:
 
 def architecture_from_dict(described: dict[str, Any]) -> Architecture:
     """The reverse of `dataclasses.asdict`, as a config file holds it. Raises ValueError."""
-    layers = tuple(
-        Layers(
-            **{
-                name: Location(**value) if isinstance(value, dict) else value
-                for name, value in _checked("layers", entry, Layers).items()
-            }
-        )
-        for entry in _checked("architecture", described, Architecture)["layers"]
-    )
-    return Architecture(layers, described.get("tokens", True))
+    parts = _checked("architecture", described, Architecture)
+    layers = []
+    for entry in parts["layers"]:
+        found = _checked("architecture: layers", entry, Layers)
+        path = found.pop("path")
+        locations = {
+            kind: Location(**_checked(f"architecture: {kind}", value, Location))
+            for kind, value in found.items()
+            if value is not None
+        }
+        layers.append(Layers(path, **locations))
+    return Architecture(tuple(layers), parts.get("tokens", True))
 
 
-def _checked(name: str, value: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
+def _checked(name: str, value: Any, kind: type[Any]) -> dict[str, Any]:
     known = {f.name for f in fields(kind)}
-    if not isinstance(value, dict) or not set(value) <= known:
-        raise ValueError(f"{name} must be a dict with the keys {sorted(known)}, got {value!r}")
-    return value
+    required = {f.name for f in fields(kind) if f.default is MISSING}
+    if not isinstance(value, dict) or not required <= set(value) <= known:
+        raise ValueError(
+            f"{name} must be a dict with the keys {sorted(required)} and perhaps "
+            f"{sorted(known - required)}, got {value!r}"
+        )
+    return dict(value)
 
 
 def architecture_of(model: nn.Module) -> Architecture:

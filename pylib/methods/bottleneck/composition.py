@@ -152,9 +152,8 @@ def resolve(tree: str | Node | Sequence[str], configs: Mapping[str, Any]) -> Nod
     resolved = _resolve(tree, configs)
     if not isinstance(resolved, Stack | Fuse):
         resolved = Stack(resolved)
-    inner = resolved.children if isinstance(resolved, Stack) else ()
     for node in nodes_in(resolved):
-        if isinstance(node, Parallel) and node is not resolved and node not in inner:
+        if isinstance(node, Parallel) and node not in resolved.children:
             raise ValueError(f"{tree}: Parallel may only be in the outermost Stack")
     if sum(isinstance(node, Parallel) for node in nodes_in(resolved)) > 1:
         raise ValueError(f"{tree}: there may be one Parallel only")

@@ -66,15 +66,13 @@ class State:
 
     def cut(self, dim: int, start: int, size: int) -> State:
         """A part of the batch (dim 0) or of the sequence (dim 1)."""
-        parts = {
-            name: None if value is None else value.narrow(dim, start, size)
-            for name, value in (
-                ("hidden", self.hidden),
-                ("base", self.base),
-                ("stream", self.stream),
-            )
-        }
-        return replace(self, output=None, **parts)
+        return replace(
+            self,
+            hidden=self.hidden.narrow(dim, start, size),
+            base=self.base.narrow(dim, start, size),
+            stream=None if self.stream is None else self.stream.narrow(dim, start, size),
+            output=None,
+        )
 
 
 def evaluate(tree: str | Node, state: State, site: Site, outputs: bool = False) -> State:
@@ -184,8 +182,9 @@ def _sizes(tree: Node, hidden: Tensor) -> list[int]:
 
 def _adapters_for_one_call(tree: Node, site: Site) -> list[BottleneckAdapter]:
     """The children, if they are adapters that one grouped call serves; else none."""
-    if not all(isinstance(child, str) and child in site.adapters for child in tree.children):
+    names = [child for child in tree.children if isinstance(child, str) and child in site.adapters]
+    if len(names) < len(tree.children):
         return []
-    adapters = [site.adapters[child] for child in tree.children]
+    adapters = [site.adapters[name] for name in names]
     alike = len({adapter.config.is_parallel for adapter in adapters}) == 1
     return adapters if alike and groupable(adapters) else []

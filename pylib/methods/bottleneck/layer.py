@@ -44,9 +44,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.place = place
         self.active = active
-        self.bn_adapters = nn.ModuleDict()
-        self.bn_fusions = nn.ModuleDict()
-        self.bn_couplings = nn.ModuleDict()
+        self.bn_adapters: Any = nn.ModuleDict()
+        self.bn_fusions: Any = nn.ModuleDict()
+        self.bn_couplings: Any = nn.ModuleDict()
         self.query_before_norm: dict[str, bool] = {}
         # In a tuple, so that it is no submodule of its own part.
         self._layer = (layer,)
@@ -84,6 +84,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = self.base_layer(*args, **kwargs)
+        stream, self._stream, self._final = self._stream, None, None
         tree = self.active_tree()
         if tree is None:
             return hidden
@@ -91,16 +92,16 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         site = Site(self.bn_adapters, self.bn_fusions, self.query_before_norm, norm)
         if not site.has(tree):
             return hidden
-        stream, self._stream = self._stream, None
         needed = [site.adapters[name].config.needs_residual for name in site.present(tree)]
         if any(needed) and stream is None:
             raise RuntimeError(f"{self.place.key} was called before its residual input was known")
         state = evaluate(tree, State(hidden, hidden, stream), site)
         if site.adapters[state.last].config.original_ln_after:
             return state.hidden
+        assert stream is not None  # the config needs it
         return self._ended(state.hidden, stream)
 
-    def _ended(self, result: Tensor, stream: Tensor | None) -> Tensor:
+    def _ended(self, result: Tensor, stream: Tensor) -> Tensor:
         """What to return so that the sub-layer ends with `result`, whatever the model adds."""
         location = self.place.location
         if location.norm is None:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -17,6 +16,7 @@ from fusetune.methods.bottleneck.architectures import (
     architecture_of,
     places,
 )
+from fusetune.methods.bottleneck.base_model import check_name, hidden_size_of, norms_of
 from fusetune.methods.bottleneck.composition import (
     Fuse,
     Node,
@@ -60,7 +60,7 @@ class BottleneckModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """As PEFT's. Adding an adapter leaves the active composition as it is."""
-        _check_name(adapter_name, model)
+        check_name(adapter_name, model)
         before = self._active.tree
         # PEFT copies modules that it is to save, hooks and all: hooks go in when it is done.
         self._remove_hooks()
@@ -72,12 +72,12 @@ class BottleneckModel(BaseTuner):
             self._install_hooks()
 
     def _prepare_adapter_config(
-        self, peft_config: AdapterConfig, model_config: dict[str, Any]
+        self, peft_config: Any, model_config: dict[str, Any]
     ) -> AdapterConfig:
         peft_config.prepare(model_config)
         return peft_config
 
-    def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Finds the places of a config's adapters; all that may be wrong is found here."""
         members = self._members(peft_config)
         described = next((c.architecture for c in members if c.architecture is not None), None)
@@ -86,7 +86,7 @@ class BottleneckModel(BaseTuner):
         kinds = {place.kind for place in all_places}
         if any(config.cross_adapter for config in members) and "cross" not in kinds:
             raise ValueError("cross_adapter: the model has no cross-attention")
-        hidden_size = _hidden_size(model, all_places)
+        hidden_size = hidden_size_of(model, all_places)
         coupling = peft_config.make_coupling(hidden_size) is not None
         if coupling and not known.tokens:
             raise ValueError("an invertible adapter needs a model whose inputs are tokens")
@@ -108,27 +108,29 @@ class BottleneckModel(BaseTuner):
                     )
         if isinstance(peft_config, BottleneckConfig) and peft_config.train_layer_norm:
             saved = peft_config.modules_to_save or []
-            norms = [name for name in _norms(model) if name not in saved]
+            norms = [name for name in norms_of(model) if name not in saved]
             peft_config.modules_to_save = [*saved, *norms]
 
     def _members(self, config: AdapterConfig) -> list[BottleneckConfig]:
         """The configs that say where modules go: an adapter's own, or those a fusion is over."""
         if isinstance(config, BottleneckConfig):
             return [config]
-        names = getattr(config, "adapters", [])
-        unknown = [n for n in names if not isinstance(self.peft_config.get(n), BottleneckConfig)]
-        if unknown or not names:
-            raise ValueError(
-                f"adapters: a fusion is over adapters of the model; {unknown or names} are none"
-            )
-        return [self.peft_config[name] for name in names]
+        members = {name: self.peft_config.get(name) for name in getattr(config, "adapters", ())}
+        found = [member for member in members.values() if isinstance(member, BottleneckConfig)]
+        if len(found) < len(members) or not found:
+            others = [n for n, m in members.items() if not isinstance(m, BottleneckConfig)]
+            raise ValueError(f"adapters: a fusion is over adapters of the model; {others} are none")
+        return found
 
-    def _check_target_module_exists(self, peft_config: AdapterConfig, key: str) -> bool:
+    # A static method in PEFT, which calls it on the instance.
+    def _check_target_module_exists(  # type: ignore[override]
+        self, peft_config: Any, key: str
+    ) -> bool:
         return key in self._places
 
     def _create_and_replace(
         self,
-        peft_config: AdapterConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -141,7 +143,7 @@ class BottleneckModel(BaseTuner):
             layer = self.model.get_submodule(place.layer_key)
             target = BottleneckLayer(target, place, layer, self._active)
             self._replace_module(parent, target_name, target, None)
-        hidden_size = _hidden_size(self.model, list(self._places.values()))
+        hidden_size = hidden_size_of(self.model, list(self._places.values()))
         target.update_layer(adapter_name, peft_config, hidden_size)
 
     def _replace_module(
@@ -273,69 +275,3 @@ class BottleneckModel(BaseTuner):
             for name in names:
                 if name in layer.bn_fusions:
                     layer.bn_fusions[name].step()
-
-
-def compose(
-    model: nn.Module, composition: Composition, *, trainable: Sequence[str] | None = None
-) -> None:
-    """Activates a composition of a PEFT model's adapters: `compose(model, Stack("a", "b"))`.
-
-    A list of names is a Stack. trainable: those of the active adapters (of a fusion: its name) that
-    are trained; None: all. Of modules to save, a Stack uses the copy of the last adapter with one.
-
-    Raises TypeError for a model without bottleneck adapters, and ValueError for a composition that
-    does not fit: an unknown name, a nesting that is not allowed. What was active then stays so.
-    """
-    tuner = model.base_model if isinstance(model, PeftModel) else model
-    if not isinstance(tuner, BottleneckModel):
-        raise TypeError(f"model must have bottleneck adapters, got {type(model).__name__}")
-    names = trained_names(resolve(composition, tuner.peft_config))
-    unknown = sorted(set(trainable or ()) - set(names))
-    if unknown:
-        raise ValueError(f"trainable: {unknown} are not among the active adapters {names}")
-    tuner.set_adapter(composition)
-    if trainable is not None:
-        tuner.freeze([name for name in names if name not in trainable])
-    if isinstance(model, PeftModel):
-        model.active_adapter = names[0]
-
-
-def _check_name(name: str, model: nn.Module) -> None:
-    """PEFT tells adapters apart by parts of parameters' names; some names cannot be told."""
-    parts = {part for key, _ in model.named_parameters() for part in key.split(".")}
-    parts -= {key for m in model.modules() for key in getattr(m, "_available", ())}
-    if "." in name or hasattr(nn.ModuleDict, name) or not name:
-        raise ValueError(f"adapter_name: {name!r} cannot name a module")
-    if name in parts:
-        raise ValueError(
-            f"adapter_name: {name!r} is also the name of a module or a parameter of the model, so "
-            "that PEFT could not tell whose weights are the adapter's"
-        )
-
-
-def _hidden_size(model: nn.Module, found: Sequence[Place]) -> int:
-    size = getattr(getattr(model, "config", None), "hidden_size", None)
-    if isinstance(size, int):
-        return size
-    place = found[0]
-    for path in (place.key, f"{place.layer_key}.{place.location.norm}"):
-        module: Any = model.get_submodule(path)
-        if isinstance(getattr(module, "out_features", None), int):
-            return int(module.out_features)
-        if isinstance(getattr(module, "weight", None), nn.Parameter):
-            return int(module.weight.shape[-1])
-    raise ValueError("the model's config has no hidden_size, and its modules do not show it")
-
-
-def _norms(model: nn.Module) -> list[str]:
-    """Paths of the model's own normalisation layers."""
-    wrapped = [n for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    inside = [n for n, m in model.named_modules() if isinstance(m, BottleneckLayer)]
-    found = []
-    for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in (*wrapped, *inside)):
-            continue
-        original = getattr(module, "original_module", module)
-        if type(original).__name__.endswith(("LayerNorm", "RMSNorm")):
-            found.append(name)
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from fusetune.methods.bottleneck.layer import BottleneckLayer
@@ -23,7 +24,7 @@ def carrier(module: nn.Module) -> tuple[str, str | None] | None:
     names = module.present(tree)
     if not names:
         return "-", "none of the active adapters is here"
-    weight = module.bn_adapters[names[0]].down.weight
+    weight: torch.Tensor = module.bn_adapters[names[0]].down.weight
     case = Case(weight.device.type, module.dtype, weight.dtype)
     name = OPS[METHOD].carrier(*case)
     if name != "reference" or backend() != "auto":
