@@ -22,6 +22,7 @@ from fusetune import _native, ops
 from fusetune.bench import cases as make
 from fusetune.bench import gpu_cases
 from fusetune.bench.dora_cases import dora_linear
+from fusetune.bench.fusion_cases import adapter_fusion
 from fusetune.bench.timing import Case, relative_error, seeded
 from fusetune.ops import _cuda, _triton
 
@@ -119,6 +120,7 @@ def small_cases() -> Iterator[Case]:
         yield make.quantize_4bit(N, K, dtype)
         yield make.dequantize_4bit(N, K, dtype, double_quant=True)
         yield make.cross_entropy(M, N, dtype)
+        yield adapter_fusion(M, 5, N, dtype, train=True, dropout=0.3)
         for m in (1, 6, M):
             yield make.linear_4bit(m, N, K, dtype, double_quant=True)
             yield make.linear_4bit_dx(m, N, K, dtype)

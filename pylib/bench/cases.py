@@ -17,6 +17,7 @@ from fusetune import QuantizedWeight, ops
 from fusetune.reference.dequantize_4bit import dequantize_4bit as dense_of
 
 from .dora_cases import dora_linear_cases
+from .fusion_cases import adapter_fusion_cases
 from .timing import Case, Result, Run
 
 EXACT = {torch.float32: 5e-7, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -344,4 +345,5 @@ OPS: dict[str, Callable[[bool, int, int], Iterator[Case]]] = {
     "quantize_4bit": quantize_4bit_cases,
     "dequantize_4bit": dequantize_4bit_cases,
     "cross_entropy": cross_entropy_cases,
+    "adapter_fusion": adapter_fusion_cases,
 }
