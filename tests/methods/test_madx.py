@@ -244,7 +244,9 @@ def test_generates_the_same_with_and_without_a_cache(family):
         disabled = model.generate(**ids, **options)
     expected = base.eval().generate(**ids, **options)
     assert torch.equal(disabled.sequences, expected.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(disabled.logits, expected.logits, strict=True))
+    for a, b in zip(disabled.logits, expected.logits, strict=True):
+        # Attention rounds by how its operands lie in memory.
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
 def test_disabled_deleted_and_unloaded():
