@@ -242,7 +242,7 @@ def test_config_file(tmp_path):
         PeftConfig.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["output", "weight", "a.b", "keys", ""])
+@pytest.mark.parametrize("name", ["output", "weight", "down", "value", "0", "a.b", "keys", ""])
 def test_names_that_peft_could_not_tell_apart_are_refused(name):
     model, inputs = adapted("bert", pfeiffer, names=("first",))
     expected = logits(model, inputs)

@@ -61,11 +61,14 @@ def generate(model, inputs, **options):
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-def test_generate_with_a_cache(family):
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("llama", None), ("llama", "CAUSAL_LM"), ("gpt2", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")],
+)
+def test_generate_with_a_cache(family, task):
     torch.manual_seed(0)
     base, _ = getattr(tiny_models, family)()
-    model, inputs = adapted(family, pfeiffer)
+    model, inputs = adapted(family, lambda: pfeiffer(task_type=task))
     # Frozen as PEFT freezes it: torch multiplies otherwise where a weight requires a gradient.
     expected = generate(base.eval().requires_grad_(False), inputs)
     cached = generate(model, inputs)
@@ -79,6 +82,18 @@ def test_generate_with_a_cache(family):
     for inactive in (disabled, generate(model, inputs)):
         assert torch.equal(inactive.sequences, expected.sequences)
         assert torch.equal(torch.stack(inactive.logits), torch.stack(expected.logits))
+
+
+def test_generate_with_an_adapter_for_each_sequence():
+    model, inputs = adapted("llama", pfeiffer, names=("first", "second"))
+    alone = {}
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        alone[name] = torch.stack(generate(model, inputs).logits)
+    fusetune.compose(model, methods.BatchSplit("second", "first", batch_sizes=1))
+    got = torch.stack(generate(model, inputs).logits)
+    assert_same(got[:, 0], alone["second"][:, 0])
+    assert_same(got[:, 1], alone["first"][:, 1])
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -102,8 +117,9 @@ def test_gradient_checkpointing(family, config, reentrant):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("config", [pfeiffer, houlsby, parallel, no_post_norm])
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize(
+    ("family", "config"), [("llama", parallel), ("bert", pfeiffer), ("bert", no_post_norm)]
+)
 def test_compiles_as_one_graph(family, config):
     model, inputs = adapted(family, config)
     model.train()
@@ -118,8 +134,7 @@ def test_compiles_as_one_graph(family, config):
 def test_compiles_compositions():
     model, inputs = adapted("bert", pfeiffer, names=("first", "second"))
     for tree in (
-        methods.BatchSplit("first", "second", batch_sizes=1),
-        methods.Average("first", "second"),
+        methods.Stack("first", methods.BatchSplit("first", "second", batch_sizes=1)),
         methods.Parallel("first", "second"),
     ):
         fusetune.compose(model, tree)
@@ -159,6 +174,42 @@ def test_fuse_reports_the_layers():
     with model.disable_adapter():
         rows = [row for row in report.refresh().rows if row.method == "bottleneck"]
     assert all("disabled" in row.reason for row in rows)
+
+
+@pytest.mark.parametrize("config", [pfeiffer, houlsby, parallel, no_post_norm])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_autocast(family, config):
+    """As near to fp32 as the model itself is."""
+    model, inputs = adapted(family, config)
+
+    def logits(autocast):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(**inputs).logits.double()
+
+    error = (logits(True) - logits(False)).abs().max() / logits(False).abs().max()
+    with model.disable_adapter():
+        plain = (logits(True) - logits(False)).abs().max() / logits(False).abs().max()
+    assert error <= 4 * plain
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**inputs).loss
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(grad is not None and grad.isfinite().all() for grad in grads)
+
+
+def test_no_activation_is_kept():
+    """What hooks put down is taken up in the same forward, also where another adapter wants it."""
+    model, inputs = adapted("bert", no_post_norm, names=("first", "second"))
+    model.add_adapter("third", pfeiffer(original_ln_before=False, leave_out=[0]))
+    layers = [m for m in model.modules() if isinstance(m, BottleneckLayer)]
+    for name in ("first", "third"):
+        model.set_adapter(name)
+        model(**inputs)
+        assert all(layer._stream is None and layer._final is None for layer in layers)
+    with model.disable_adapter():
+        model(**inputs)
+    assert all(layer._stream is None and layer._final is None for layer in layers)
 
 
 # --- two processes --------------------------------------------------------------------------------
