@@ -76,13 +76,13 @@ def bottleneck_layers(model: nn.Module) -> list[BottleneckLayer]:
     return [module for module in model.modules() if isinstance(module, BottleneckLayer)]
 
 
-def parameters(model: nn.Module, base: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
+def parameters(model: nn.Module, base: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """(key without the base model's name, parameter) of an adapter or a fusion.
 
     model: the PEFT model; base: the transformers model in it. A parameter that adapters writes
     twice comes twice.
     """
-    model_type = base.config.model_type  # type: ignore[union-attr]
+    model_type = base.config.model_type
     prefix = backbone_prefix(base)
     for layer in bottleneck_layers(model):
         path = _path(model_type, layer.place, prefix)
@@ -100,14 +100,13 @@ def parameters(model: nn.Module, base: nn.Module, name: str) -> Iterator[tuple[s
                 yield f"{owner}invertible_adapters.{name}.{key}", parameter
 
 
-def unused_fusion_paths(base: nn.Module, members: Sequence[BottleneckConfig]) -> Iterator[str]:
+def unused_fusion_paths(base: Any, members: Sequence[BottleneckConfig]) -> Iterator[str]:
     """Where adapters has modules of a fusion without an adapter to fuse: in layers left out."""
     everywhere = [replace(member, leave_out=[]) for member in members]
     for place in places(base, architecture_of(base)):
         used = any(is_wanted(member, place) for member in members)
         if not used and any(is_wanted(member, place) for member in everywhere):
-            model_type = base.config.model_type  # type: ignore[union-attr]
-            yield _path(model_type, place, backbone_prefix(base))
+            yield _path(base.config.model_type, place, backbone_prefix(base))
 
 
 def _path(model_type: str, place: Place, prefix: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -21,6 +21,7 @@ from fusetune.methods.bottleneck.config import AdapterConfig, BottleneckConfig
 from fusetune.methods.bottleneck.fusion import AdapterFusion
 from fusetune.methods.bottleneck.fusion_config import AdapterFusionConfig
 from fusetune.methods.bottleneck.madx_config import MadXConfig
+from fusetune.methods.bottleneck.model import BottleneckModel
 
 Tensor = torch.Tensor
 
@@ -73,7 +74,7 @@ def load_adapterhub(
     try:
         _copy(checkpoint, peft_model, base, name)
     except ValueError:
-        peft_model.base_model.unload()
+        cast(BottleneckModel, peft_model.base_model).unload()
         raise
     return peft_model
 
@@ -102,7 +103,7 @@ def save_adapterhub(
         )
     base: Any = model.get_base_model()
     model_type = _model_type(base)
-    config = model.peft_config[adapter_name]
+    config: Any = model.peft_config[adapter_name]
     header: dict[str, Any] = {
         "name": adapter_name,
         "model_type": model_type,
@@ -211,7 +212,7 @@ def _without_unused(
     checkpoint: files.Checkpoint, base: Any, config: AdapterFusionConfig, model: PeftModel
 ) -> files.Checkpoint:
     """Without what adapters writes of a fusion and never uses."""
-    members = [model.peft_config[adapter] for adapter in config.adapters]
+    members: list[Any] = [model.peft_config[adapter] for adapter in config.adapters]
     container = checkpoint.files.container
     unused = tuple(f"{path}.{container}." for path in keys.unused_fusion_paths(base, members))
     tensors = {

@@ -19,6 +19,7 @@ and ignores one of its two networks: there is no behaviour to be equal to, nor a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -31,6 +32,33 @@ Tensor = torch.Tensor
 
 LOG_SCALE_BOUND = 1.0
 INIT_STD = 0.02  # BERT's, which adapters takes
+
+
+class Network(nn.ModuleDict):
+    """W_2 f(W_1 v + b_1) + b_2. Its layers have the names they have in adapters' checkpoints.
+
+    hidden size: inputs // reduction_factor, at least 1.
+    """
+
+    def __init__(self, inputs: int, reduction_factor: float, outputs: int, activation: str) -> None:
+        hidden = max(1, int(inputs // reduction_factor))
+        super().__init__({"0": nn.Linear(inputs, hidden), "2": nn.Linear(hidden, outputs)})
+        self.activation = activation
+        for layer in (self.down, self.up):
+            nn.init.normal_(layer.weight, std=INIT_STD)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def down(self) -> nn.Linear:
+        return cast(nn.Linear, self["0"])
+
+    @property
+    def up(self) -> nn.Linear:
+        return cast(nn.Linear, self["2"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., inputs] -> [..., outputs], in the wider dtype of x and the weights."""
+        return _linear(self.up, ACTIVATIONS[self.activation][0](_linear(self.down, x)))
 
 
 class Coupling(nn.Module):
@@ -54,8 +82,8 @@ class Coupling(nn.Module):
         self.activation = activation
         self.split = (hidden_size // 2, hidden_size - hidden_size // 2)
         first, second = self.split
-        self.F = _network(second, reduction_factor, outputs * first)
-        self.G = _network(first, reduction_factor, outputs * second)
+        self.F = Network(second, reduction_factor, outputs * first, activation)
+        self.G = Network(first, reduction_factor, outputs * second, activation)
 
     def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[-1] != sum(self.split):
@@ -80,12 +108,12 @@ class NiceCoupling(Coupling):
         x2 = self._add(self.G, y1, y2, -1.0)
         return torch.cat((self._add(self.F, x2, y1, -1.0), x2), dim=-1)
 
-    def _add(self, network: nn.ModuleDict, x: Tensor, residual: Tensor, sign: float) -> Tensor:
+    def _add(self, network: Network, x: Tensor, residual: Tensor, sign: float) -> Tensor:
         """residual + sign network(x): a bottleneck where both halves are of one size."""
         if x.shape[-1] != residual.shape[-1]:
-            y = _apply(network, x, self.activation)
+            y = network(x)
             return (residual.to(y.dtype) + sign * y).to(residual.dtype)
-        down, up = network["0"], network["2"]
+        down, up = network.down, network.up
         return ops.bottleneck(
             x,
             down.weight,
@@ -104,7 +132,7 @@ class GlowCoupling(Coupling):
     def __init__(self, hidden_size: int, reduction_factor: float, activation: str) -> None:
         super().__init__(hidden_size, reduction_factor, activation, outputs=2)
         for network in (self.F, self.G):
-            nn.init.zeros_(network["2"].weight)
+            nn.init.zeros_(network.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = self.halves(x)
@@ -123,8 +151,8 @@ class GlowCoupling(Coupling):
         x1 = ((y1.to(scale.dtype) - shift) * (-scale).exp()).to(y.dtype)
         return torch.cat((x1, x2), dim=-1)
 
-    def _scale_and_shift(self, network: nn.ModuleDict, x: Tensor) -> tuple[Tensor, Tensor]:
-        raw, shift = _apply(network, x, self.activation).chunk(2, dim=-1)
+    def _scale_and_shift(self, network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
+        raw, shift = network(x).chunk(2, dim=-1)
         return LOG_SCALE_BOUND * torch.tanh(raw / LOG_SCALE_BOUND), shift
 
 
@@ -134,22 +162,6 @@ COUPLINGS: dict[str, Callable[[int, float, str], NiceCoupling | GlowCoupling]] =
 }
 
 
-def _network(inputs: int, reduction_factor: float, outputs: int) -> nn.ModuleDict:
-    """The parameters of W_2 f(W_1 v + b_1) + b_2, by the names of adapters' checkpoints."""
-    hidden = max(1, int(inputs // reduction_factor))
-    network = nn.ModuleDict({"0": nn.Linear(inputs, hidden), "2": nn.Linear(hidden, outputs)})
-    for layer in network.values():
-        nn.init.normal_(layer.weight, std=INIT_STD)
-        nn.init.zeros_(layer.bias)
-    return network
-
-
-def _apply(network: nn.ModuleDict, x: Tensor, activation: str) -> Tensor:
-    """The network in plain torch, in the wider dtype of x and its weights."""
-    hidden = _linear(network["0"], x)
-    return _linear(network["2"], ACTIVATIONS[activation][0](hidden))
-
-
-def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, layer.weight.dtype)
     return functional.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
