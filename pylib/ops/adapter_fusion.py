@@ -107,6 +107,7 @@ def adapter_fusion(
         )
     stacks = [part.reshape(len(part), -1, h) for part in parts]
     ctx, p = attend(g, stacks, offset, float(temperature), float(dropout_p), seed)
+    del g  # without a gradient its memory serves the output
     out = _output(ctx, value_weight, None if residual is None else residual.reshape(-1, h))
     out = out.to(parts[0].dtype).view(query.shape)
     return (out, p.view(*query.shape[:-1], -1)) if return_attention else out
