@@ -48,7 +48,8 @@ def dora_linear(
     x: [..., K]; weight: [N, K], a tensor or a `QuantizedWeight`, frozen; lora_A: [r, K];
     lora_B: [N, r]; magnitude, bias: [N]. All float16, bfloat16, float32 or float64, not necessarily
     the same. scaling: a number or a 0-d tensor. norm: [N], `dora_norm(weight, lora_A, lora_B,
-    scaling)` where it is known already, which saves a pass over the weight; detached.
+    scaling)` where it is known already, which saves a pass over the weight; detached. (On a GPU
+    that pass is the reference's for a 4-bit weight whose K is not a multiple of 8.)
     Returns y [..., N] in x's dtype; sums are taken in fp32 (float64 for a float64 x).
 
     With `training` and dropout_p > 0 everything that DoRA adds to the base layer sees drop(x), as

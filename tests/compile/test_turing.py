@@ -54,6 +54,21 @@ def masked_tail(r, p, adapter, k):
     launch_linear(None, None, zeros(SIZE, k), arch=75, tail=tail, dropout=Dropout(*mask(p)))
 
 
+def dropout(p, k):
+    from fusetune._triton.dropout import launch_dropout
+
+    x, kept, rest = (zeros(SIZE, k) for _ in range(3))
+    launch_dropout(x, kept, *mask(p), rest)
+
+
+@pytest.mark.parametrize("k", [SIZE, SIZE + 3])
+def test_dropout_spills_nothing(k):
+    with offline.triton_kernels(75) as kernels, accept_cpu_tensors("triton"):
+        dropout(0.1, k)
+    (kernel,) = kernels
+    assert kernel.usage.spills == 0
+
+
 @pytest.mark.parametrize("k", [SIZE, SIZE + 3])
 @pytest.mark.parametrize("adapter", [HALF, F32])
 @pytest.mark.parametrize("r", [16, 64])
