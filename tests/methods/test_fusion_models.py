@@ -64,7 +64,11 @@ def test_the_second_stage_trains_the_fusion_alone(family, config):
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
     changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
-    # The key's bias shifts all scores alike: its gradient is zero.
+    # The key's bias shifts all scores alike: its gradient is zero, but it has one, as all have.
+    (model(**inputs).loss).backward()
+    named = dict(model.named_parameters())
+    assert all(named[name].grad is not None for name in trained(model))
+    assert not any(named[name].grad.any() for name in trained(model) if name.endswith("key.bias"))
     assert changed <= trained(model)
     assert {name for name in trained(model) if not name.endswith("key.bias")} <= changed
 

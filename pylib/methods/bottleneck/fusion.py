@@ -73,6 +73,10 @@ class AdapterFusion(nn.Module):
             residual = None
         query_weight, query_bias = _weight_and_bias(self.query)
         key_weight, key_bias = _weight_and_bias(self.key)
+        if key_weight is not None and key_bias is not None and key_bias.requires_grad:
+            # The softmax cancels the key's bias. Its gradient is zero, but there has to be one:
+            # DistributedDataParallel waits for that of every parameter.
+            key_weight = key_weight + 0 * key_bias.unsqueeze(1)
         if self.scheduled:
             # Divided out of the query, not passed to the op: a tensor's value is not known here
             # without waiting for its device, and a new constant each step would compile anew.
