@@ -236,6 +236,13 @@ def test_parallel_repeats_labels_and_positional_inputs():
         assert model(inputs["input_ids"]).logits.shape[0] == 2
 
 
+def test_peft_s_mixed_batch_is_refused():
+    """PEFT drops the argument in silence for other methods than LoRA."""
+    model, inputs = three()
+    with pytest.raises(ValueError, match="adapter_names is for LoRA"):
+        model(input_ids=inputs["input_ids"], adapter_names=["first", "second"])
+
+
 def test_parallel_with_a_cache_is_refused():
     model, inputs = adapted("llama", pfeiffer, names=("first", "second"))
     fusetune.compose(model, Parallel("first", "second"))

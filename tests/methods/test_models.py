@@ -334,8 +334,10 @@ def test_architectures_that_do_not_fit():
         get_peft_model(Model(), BottleneckConfig(architecture=wrong))
     with pytest.raises(ValueError, match="must be a dict with the keys"):
         get_peft_model(Model(), BottleneckConfig(architecture={"paths": []}))
-    with pytest.raises(ValueError, match="leave_out"):
+    with pytest.raises(ValueError, match="leave_out: no layer is left"):
         get_peft_model(tiny_models.llama()[0], BottleneckConfig(leave_out=[0, 1]))
+    with pytest.raises(ValueError, match="leave_out must be numbers of the 2 layers"):
+        get_peft_model(tiny_models.llama()[0], BottleneckConfig(leave_out=[2]))
     with pytest.raises(ValueError, match="cross_adapter"):
         get_peft_model(tiny_models.llama()[0], BottleneckConfig(cross_adapter=True))
     with pytest.raises(ValueError, match="post_add"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -96,8 +97,12 @@ class BottleneckModel(BaseTuner):
             if any(is_wanted(config, place) for config in members)
             or (coupling and place.layer == 0 and place.kind == "attention")
         }
+        count = 1 + max(place.layer for place in all_places)
+        left_out = {number for config in members for number in config.leave_out}
+        if not left_out <= set(range(count)):
+            raise ValueError(f"leave_out must be numbers of the {count} layers, got {left_out}")
         if not self._places:
-            raise ValueError(f"leave_out: no layer of {len(all_places)} locations is left")
+            raise ValueError("leave_out: no layer is left")
         for config in members:
             for place in self._places.values():
                 config.bottleneck_size(hidden_size, place.layer)
@@ -259,6 +264,16 @@ class BottleneckModel(BaseTuner):
         self._handles.clear()
         for layer in self._layers():
             layer.remove()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT hands its arguments for mixed batches to this, and would then drop them in silence.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names is for LoRA: activate BatchSplit, fusetune.compose(model, "
+                "BatchSplit('a', 'b', batch_sizes=[...])), for adapters by sequence"
+            )
+        yield
 
     def _before_forward(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
         tree = self._active.tree
