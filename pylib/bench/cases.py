@@ -16,6 +16,7 @@ from torch.nn import functional
 from fusetune import QuantizedWeight, ops
 from fusetune.reference.dequantize_4bit import dequantize_4bit as dense_of
 
+from .bottleneck_cases import bottleneck_cases
 from .dora_cases import dora_linear_cases
 from .fusion_cases import adapter_fusion_cases
 from .timing import Case, Result, Run
@@ -345,5 +346,6 @@ OPS: dict[str, Callable[[bool, int, int], Iterator[Case]]] = {
     "quantize_4bit": quantize_4bit_cases,
     "dequantize_4bit": dequantize_4bit_cases,
     "cross_entropy": cross_entropy_cases,
+    "bottleneck": bottleneck_cases,
     "adapter_fusion": adapter_fusion_cases,
 }
