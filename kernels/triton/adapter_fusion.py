@@ -187,7 +187,7 @@ def _attend_backward(
                 dscore = _column(dscores, done + i, SLOTS)[:, None]
                 out = (weight * upper + dscore * query).to(dvalues[s].dtype.element_ty)
                 tl.store(at, out, mask=inside)
-                at += M.to(tl.int64) * H
+                at += tl.cast(M, tl.int64) * H
             done += counts[s]
 
 

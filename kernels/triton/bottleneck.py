@@ -1,13 +1,12 @@
 """y = residual + drop(f(x W_d^T + b_d) W_u^T + b_u), and z = x W_d^T + b_d, for d up to 256.
 
 Tiling: a program has ROWS rows, all of one adapter. It goes over H, COLS columns at a time, for z,
-which stays in registers, and goes over H once more for y. Where x is the residual too, it is held
-in registers between the two as long as they have room for ROWS of it (HELD tiles); else its second
-read is of what the cache has just got. Groups of rows come from a table: any number of adapters in
-one launch. The mask is drawn from its seed in registers.
+which stays in registers, and goes over H once more for y. Groups of rows come from a table: any
+number of adapters in one launch. The mask is drawn from its seed in registers.
 
 Bytes, for x of o bytes an element: M H o of x and of y, M d o of z, M H o of a residual that is
-not x, and 2 d H of parameters, which every program reads: M / ROWS times, from the cache.
+not x, and 2 d H of parameters. From the cache: the parameters, for each of M / ROWS programs, and,
+as the residual, x once more; in registers no card has room for ROWS of it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,10 @@ import triton.language as tl
 from fusetune._triton._activation import activate
 from fusetune._triton._tile import dot_wide, keep_mask, rank_block, signed, terms
 
-MOST = 256  # d
+
+def most(activations: torch.dtype, weights: torch.dtype) -> int:
+    """The largest d: what registers hold. A weight wider than x takes several terms."""
+    return 128 if activations != torch.float32 and weights != activations else 256
 
 
 @triton.jit
@@ -35,7 +37,7 @@ def rows_of(table, M, rows, GROUPED: tl.constexpr):
     else:
         group = tl.cast(0, tl.int64)
         first = tl.program_id(0).to(tl.int64) * rows
-        end = tl.minimum(first + rows, M.to(tl.int64))
+        end = tl.minimum(first + rows, tl.cast(M, tl.int64))
     return group, first, end
 
 
@@ -62,48 +64,6 @@ def _down(acc, tile, down, k, H, d, TERMS: tl.constexpr, COLS: tl.constexpr, RAN
 
 
 @triton.jit
-def _up(
-    a,
-    added,
-    up,
-    up_bias,
-    key,
-    y,
-    row,
-    k,
-    end,
-    H,
-    d,
-    threshold,
-    factor,
-    ADD: tl.constexpr,
-    UP_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    TERMS: tl.constexpr,
-    COLS: tl.constexpr,
-    RANKS: tl.constexpr,
-):
-    """Writes columns k to k + COLS of y."""
-    col, rank = k + tl.arange(0, COLS), tl.arange(0, RANKS)
-    part = tl.load(
-        up + col[None, :] * d + rank[:, None],
-        mask=(rank < d)[:, None] & (col < H)[None, :],
-        other=0.0,
-    )
-    out = dot_wide(a, part, tl.zeros((row.shape[0], COLS), tl.float32), TERMS)
-    if UP_BIAS:
-        out += tl.load(up_bias + col, mask=col < H, other=0.0).to(tl.float32)[None, :]
-    if DROPOUT:
-        kept = keep_mask(key, row, k, H, threshold, COLS, ALIGNED)
-        out = tl.where(kept, out * factor, 0.0)
-    if ADD:
-        out += added.to(tl.float32)
-    inside = (row < end)[:, None] & (col < H)[None, :]
-    tl.store(y + row[:, None] * H + col[None, :], out.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _bottleneck(
     x,
     down,
@@ -127,7 +87,6 @@ def _bottleneck(
     DOWN_BIAS: tl.constexpr,
     UP_BIAS: tl.constexpr,
     ADD: tl.constexpr,
-    HELD: tl.constexpr,
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     TERMS: tl.constexpr,
@@ -141,40 +100,35 @@ def _bottleneck(
     up += group * d * H
     up_bias += group * H
     acc = tl.zeros((ROWS, RANKS), tl.float32)
-    held = ()
-    if HELD:
-        for i in tl.static_range(HELD):
-            held = (*held, matrix_tile(x, row, i * COLS + col, end, H, stride_x))
-        for i in tl.static_range(HELD):
-            acc = _down(acc, held[i], down, i * COLS, H, d, TERMS, COLS, RANKS)
-    else:
-        for k in range(0, H, COLS):
-            tile = matrix_tile(x, row, k + col, end, H, stride_x)
-            acc = _down(acc, tile, down, k, H, d, TERMS, COLS, RANKS)
+    for k in range(0, H, COLS):
+        tile = matrix_tile(x, row, k + col, end, H, stride_x)
+        acc = _down(acc, tile, down, k, H, d, TERMS, COLS, RANKS)
     if DOWN_BIAS:
         bias = tl.load(down_bias + group * d + rank, mask=rank < d, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    inside = (row < end)[:, None] & (rank < d)[None, :]
-    tl.store(z + row[:, None] * d + rank[None, :], acc.to(z.dtype.element_ty), mask=inside)
+    narrow = (row < end)[:, None] & (rank < d)[None, :]
+    tl.store(z + row[:, None] * d + rank[None, :], acc.to(z.dtype.element_ty), mask=narrow)
     a = activate(acc, ACTIVATION).to(x.dtype.element_ty)
     key = 0
     if DROPOUT:
         key = tl.load(seed)
-    if HELD:
-        for i in tl.static_range(HELD):
-            _up(
-                a, held[i], up, up_bias, key, y, row, i * COLS, end, H, d, threshold, factor,
-                ADD, UP_BIAS, DROPOUT, ALIGNED, TERMS, COLS, RANKS,
-            )  # fmt: skip
-    else:
-        for k in range(0, H, COLS):
-            added = a
-            if ADD:
-                added = matrix_tile(residual, row, k + col, end, H, stride_r)
-            _up(
-                a, added, up, up_bias, key, y, row, k, end, H, d, threshold, factor,
-                ADD, UP_BIAS, DROPOUT, ALIGNED, TERMS, COLS, RANKS,
-            )  # fmt: skip
+    for k in range(0, H, COLS):
+        part = tl.load(
+            up + (k + col)[None, :] * d + rank[:, None],
+            mask=(rank < d)[:, None] & (k + col < H)[None, :],
+            other=0.0,
+        )
+        out = dot_wide(a, part, tl.zeros((ROWS, COLS), tl.float32), TERMS)
+        if UP_BIAS:
+            out += tl.load(up_bias + k + col, mask=k + col < H, other=0.0).to(tl.float32)[None, :]
+        if DROPOUT:
+            kept = keep_mask(key, row, k, H, threshold, COLS, ALIGNED)
+            out = tl.where(kept, out * factor, 0.0)
+        if ADD:
+            out += matrix_tile(residual, row, k + col, end, H, stride_r).to(tl.float32)
+        inside = (row < end)[:, None] & (k + col < H)[None, :]
+        at = row[:, None] * H + (k + col)[None, :]
+        tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
 
 
 class Tiles(NamedTuple):
@@ -182,19 +136,17 @@ class Tiles(NamedTuple):
     cols: int
     warps: int
     stages: int
-    held: int = 0  # tiles of x that stay in registers
 
 
-_HELD_BYTES = 96 * 1024  # of x in the registers of a program
-
-
-def tiles(
-    x: torch.dtype, h: int, ranks: int, n_terms: int, same: bool, quads: bool | None
-) -> Tiles:
-    """quads: of a dropout, whether one counter serves four elements."""
+def tiles(x: torch.dtype, ranks: int, n_terms: int) -> Tiles:
+    """Chosen so that nothing spills. ranks: d as the tiles have it."""
     if x == torch.float32:
         return Tiles(32, 32, 4 if ranks <= 64 else 8, 2)
-    return Tiles(64, 64, 8, 2)
+    if ranks <= 64:
+        return Tiles(64, 64 if n_terms == 1 else 32, 8, 2)
+    if n_terms > 1:
+        return Tiles(32, 16, 8, 2)
+    return Tiles(32, 64 if ranks <= 128 else 32, 8, 2)
 
 
 @lru_cache(maxsize=64)
@@ -238,7 +190,7 @@ def launch_bottleneck(
         return y, z
     n_terms, block = terms(down_weight, x.dtype, arch), rank_block(d)
     quads = None if seed is None else h % 4 == 0
-    shape = tiles(x.dtype, h, block, n_terms, same, quads)
+    shape = tiles(x.dtype, block, n_terms)
     table = blocks_table(tuple(rows), shape.rows, x.device) if len(rows) > 1 else None
     added = x if same else residual
     _bottleneck[(triton.cdiv(m, shape.rows) if table is None else len(table),)](
@@ -264,7 +216,6 @@ def launch_bottleneck(
         DOWN_BIAS=down_bias is not None,
         UP_BIAS=up_bias is not None,
         ADD=added is not None,
-        HELD=shape.held,
         DROPOUT=seed is not None,
         ALIGNED=bool(quads),
         TERMS=n_terms,

@@ -3,14 +3,14 @@
     dU = drop'(dY)    dZ = (dU W_u) f'(z)    dX = dZ W_d (+ dY)    dW_u = dU^T f(z)    dW_d = dZ^T x
 
 Tiling: a program has a range of rows, all of one adapter, and one of COLUMNS parts of H. First it
-makes dZ of its rows, ROWS at a time, from all of dY, and leaves it in memory of its own. Then it
-goes over its columns, COLS at a time: their share of dW_u and dW_d stays in registers while it goes
-over the rows again, and each tile gives dX. Shares of row ranges are added in their order by a
-second launch: no atomics, always the same result.
+makes f(z) and dZ of its rows, ROWS at a time, from all of dY, and leaves them in memory of its own.
+Then it goes over its columns, COLS at a time: their share of dW_u and dW_d stays in registers while
+it goes over the rows again, and each tile gives dX. Shares of row ranges are added in their order
+by a second launch: no atomics, always the same result.
 
 Bytes, for dY of o bytes an element: 3 M H o of dY, x and dX, 2 M d o of z and dZ and, with P row
 ranges, 16 P d H of the shares, written and read; from the cache, COLUMNS more reads of dY, as many
-of z and dZ as there are tiles of columns, and the weights for every block of rows.
+of f(z) and dZ as there are tiles of columns, and the weights for every block of rows.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ _FEW_RANGES = 32
 
 
 @triton.jit
-def _dz(dz, w, acc, TERMS: tl.constexpr):
-    """acc + dz w: dz as `Op.dz` has it, w in any dtype."""
-    if dz.dtype == tl.float32 and TERMS > 1:  # of an fp16 x: all of fp32's range, by three TF32s
-        return tl.dot(dz, w.to(tl.float32), acc, input_precision="tf32x3")
-    return dot_wide(dz, w, acc, TERMS)
+def _dx(dz, w, acc, NARROW: tl.constexpr, TERMS: tl.constexpr):
+    """acc + dz w, for an x of dtype NARROW. fp16 has not dz's range: three TF32 products do."""
+    if dz.dtype == tl.float32 and NARROW == tl.float16:  # noqa: SIM300 -- a type, no constant
+        acc = tl.dot(dz, w.to(tl.float32), acc, input_precision="tf32x3")
+    else:
+        acc = dot_wide(dz.to(NARROW), w, acc, TERMS)
+    return acc
 
 
 @triton.jit
@@ -48,6 +50,7 @@ def _backward(
     z,
     seed,
     table,
+    a,
     dz,
     dx,
     shares,
@@ -72,7 +75,6 @@ def _backward(
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     TERMS: tl.constexpr,
-    TERMS_DZ: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     RANKS: tl.constexpr,
@@ -83,6 +85,7 @@ def _backward(
     rank_valid = rank < d
     down += group * d * H
     up += group * d * H
+    a += part.to(tl.int64) * M * RANKS
     dz += part.to(tl.int64) * M * RANKS
     shares += tl.program_id(0).to(tl.int64) * size
     key = 0
@@ -111,10 +114,12 @@ def _backward(
         down_bias += tl.sum(acc, axis=0)
         at = row[:, None] * RANKS + rank[None, :]
         tl.store(dz + at, acc.to(dz.dtype.element_ty), mask=(row < end)[:, None])
-    if NEED_PARAMETERS:
-        if part == 0:
-            tl.store(shares + down_bias_at + rank, down_bias, mask=rank_valid)
-    tl.debug_barrier()  # dZ is read by other threads than wrote it
+        if NEED_PARAMETERS:
+            kept = activate(kept, ACTIVATION).to(a.dtype.element_ty)
+            tl.store(a + at, kept, mask=(row < end)[:, None])
+    if NEED_PARAMETERS and part == 0:
+        tl.store(shares + down_bias_at + rank, down_bias, mask=rank_valid)
+    tl.debug_barrier()  # f(z) and dZ are read by other threads than wrote them
     first_col = part * cols_each
     for k in range(first_col, tl.minimum(first_col + cols_each, H), COLS):
         col = k + offset
@@ -127,7 +132,7 @@ def _backward(
         down_share = tl.zeros((COLS, RANKS), tl.float32)
         up_share = tl.zeros((COLS, RANKS), tl.float32)
         up_bias = tl.zeros((COLS,), tl.float32)
-        for start in range(first, end, ROWS):
+        for start in tl.range(first, end, ROWS, num_stages=1):  # registers are full as it is
             row = start + lane
             narrow = matrix_tile(dz, row, rank, end, RANKS, RANKS)
             upper = matrix_tile(dy, row, col, end, H, stride_dy)
@@ -135,14 +140,14 @@ def _backward(
                 du = upper
                 if DROPOUT:
                     du = tl.where(keep_mask(key, row, k, H, threshold, COLS, ALIGNED), du, 0.0)
-                kept = matrix_tile(z, row, rank, end, d, d).to(tl.float32)
-                a = activate(kept, ACTIVATION).to(dy.dtype.element_ty)
-                up_share = dot_wide(tl.trans(du), a, up_share, 1)
+                active = matrix_tile(a, row, rank, end, RANKS, RANKS)
+                up_share = dot_wide(tl.trans(du), active, up_share, 1)
                 up_bias += tl.sum(du.to(tl.float32), axis=0)
                 tile = matrix_tile(x, row, col, end, H, stride_x)
-                down_share = dot_wide(tl.trans(tile), narrow, down_share, TERMS_DZ)
+                down_share = dot_wide(tl.trans(tile), narrow, down_share, TERMS)
             if NEED_DX:
-                out = _dz(narrow, w, tl.zeros((ROWS, COLS), tl.float32), TERMS)
+                out = tl.zeros((ROWS, COLS), tl.float32)
+                out = _dx(narrow, w, out, dy.dtype.element_ty, TERMS)
                 if SAME:
                     out += upper.to(tl.float32)
                 inside = (row < end)[:, None] & col_valid[None, :]
@@ -175,7 +180,7 @@ def _sum_shares(
     GROUPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The shares of every group's ranges added in their order; four gradients, one after another."""
+    """The shares of every group's ranges, added in their order: four gradients after another."""
     group, begin = tl.program_id(1).to(tl.int64), 0
     if GROUPED:
         begin, count = tl.load(ranges + group), tl.load(ranges + group + 1)
@@ -214,10 +219,12 @@ class Plan(NamedTuple):
 def plan(m: int, h: int, x: torch.dtype, ranks: int, n_terms: int, quads: bool | None) -> Plan:
     """Few ranges of rows, as each has a share of all parameters' gradients; and PROGRAMS in all.
 
+    Where a product takes several terms there are more ranges: every part of H makes all of dZ.
+
     quads: of a dropout, whether one counter serves four elements.
     """
     rows, cols, warps, stages = _tiles(x, ranks, n_terms, quads)
-    ranges = _FEW_RANGES
+    ranges = _FEW_RANGES if n_terms == 1 else 2 * _FEW_RANGES
     while ranges < PROGRAMS and m > ranges * _LONGEST:
         ranges *= 2
     rows_each = rows * triton.cdiv(triton.cdiv(m, rows), ranges)
@@ -230,8 +237,10 @@ def _tiles(
 ) -> tuple[int, int, int, int]:
     """(ROWS, COLS, warps, stages)"""
     if x == torch.float32:
-        return (32, 32, 4, 2) if ranks <= 64 else (16, 32, 8, 2)
-    return 64, 64, 8, 2
+        return 16, 32 if ranks <= 64 else 16, 8, 2
+    if ranks <= 64:
+        return (32, 64, 8, 2) if n_terms == 1 else (16, 64, 8, 2)
+    return 16, 32, 8, 2
 
 
 class Gradients(NamedTuple):
@@ -284,8 +293,11 @@ def launch_bottleneck_backward(
     cut = plan(m, h, x.dtype, block, n_terms, quads)
     table = blocks_table(tuple(rows), cut.rows_each, device) if g > 1 else None
     ranges = triton.cdiv(m, cut.rows_each) if table is None else len(table)
-    wide = x.dtype == torch.float16 and n_terms > 1
-    dz = torch.empty(cut.columns, m, block, dtype=torch.float32 if wide else x.dtype, device=device)
+    narrow = x.dtype if n_terms == 1 else torch.float32  # dW_d has its weight's precision
+    a, dz = (
+        torch.empty(cut.columns, m, block, dtype=dtype, device=device)
+        for dtype in (x.dtype, narrow)
+    )
     weight_size, bias_size, narrow_size = (
         _SUM_BLOCK * triton.cdiv(n, _SUM_BLOCK) for n in (d * h, h, d)
     )
@@ -302,6 +314,7 @@ def launch_bottleneck_backward(
         z,
         z if seed is None else seed,
         z if table is None else table,
+        a,
         dz,
         dy if grads.dx is None else grads.dx,
         shares,
@@ -324,7 +337,6 @@ def launch_bottleneck_backward(
         DROPOUT=seed is not None,
         ALIGNED=bool(quads),
         TERMS=n_terms,
-        TERMS_DZ=2 if wide else 1,
         ROWS=cut.rows,
         COLS=cut.cols,
         RANKS=block,

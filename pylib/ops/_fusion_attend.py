@@ -13,6 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _cpu
+from fusetune.ops._fusion_attend_gpu import GPU_BACKWARD, GPU_FORWARD
 from fusetune.ops._registry import LIB, Impl, Op, plain
 from fusetune.ops._weight import as_rows
 from fusetune.reference import adapter_fusion as reference
@@ -112,11 +113,13 @@ def _cpu_backward(
 
 OP = Op(
     "fusion_attend",
+    GPU_FORWARD,
     Impl("cpu", _cpu_forward, _cpu.supports("fusion_attend"), 10),
     Impl("reference", reference.fusion_attend, lambda case: None, 0),
 )
 OP_BACKWARD = Op(
     "fusion_attend_backward",
+    GPU_BACKWARD,
     Impl("cpu", _cpu_backward, _cpu.supports("fusion_attend_backward"), 10),
     Impl("reference", reference.fusion_attend_backward, lambda case: None, 0),
 )

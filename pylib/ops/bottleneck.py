@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _check
 from fusetune.ops._bottleneck_cpu import CPU_BACKWARD, CPU_FORWARD
+from fusetune.ops._bottleneck_gpu import GPU_BACKWARD, GPU_FORWARD
 from fusetune.ops._registry import LIB, Impl, Op, plain
 from fusetune.ops._weight import as_rows
 from fusetune.reference import bottleneck as reference
@@ -154,9 +155,15 @@ def _fold(
 # They take x, dy and a residual as rows [M, H], and weights and biases with the leading G.
 
 
-OP = Op("bottleneck", CPU_FORWARD, Impl("reference", reference.bottleneck, lambda case: None, 0))
+OP = Op(
+    "bottleneck",
+    GPU_FORWARD,
+    CPU_FORWARD,
+    Impl("reference", reference.bottleneck, lambda case: None, 0),
+)
 OP_BACKWARD = Op(
     "bottleneck_backward",
+    GPU_BACKWARD,
     CPU_BACKWARD,
     Impl("reference", reference.bottleneck_backward, lambda case: None, 0),
 )
