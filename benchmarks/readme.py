@@ -2,10 +2,11 @@
 
     python -m benchmarks.readme                       from benchmarks/results/
     python -m benchmarks.readme --demo demo_output    takes over a demo's report and picture first
+    python -m benchmarks.readme --adapters adapters_output    likewise, of examples.adapters_minilm
     python -m benchmarks.readme --check               exit code 1 when README.md is out of date
 
-A table stands between <!-- results:NAME --> and <!-- end -->, NAME an op, "demo", or "report" for
-what `fuse` says of a small model.
+A table stands between <!-- results:NAME --> and <!-- end -->, NAME an op, "demo",
+"adapters", or "report" for what `fuse` says of a small model.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import fusetune
 from benchmarks import bound
+from examples import adapters_report
 from fusetune.bench import table
 
 ROOT = Path(__file__).parent.parent
@@ -26,17 +28,23 @@ DEMO = RESULTS / "demo.json"
 PREDICTED = RESULTS / "predicted.json"
 BUDGETS = ROOT / "tests" / "compile" / "budgets.json"
 PICTURE = ROOT / "docs" / "demo.png"
+ADAPTERS = RESULTS / "adapters-minilm.json"
+ADAPTERS_PICTURE = ROOT / "docs" / "adapters_minilm.png"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme")
     parser.add_argument("--demo", type=Path, help="output folder of a demo to take over")
+    parser.add_argument("--adapters", type=Path, help="output folder of examples.adapters_minilm")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     if options.demo:
         PICTURE.parent.mkdir(exist_ok=True)
         shutil.copy(options.demo / "report.png", PICTURE)
         DEMO.write_text((options.demo / "report.json").read_text())
+    if options.adapters:
+        shutil.copy(options.adapters / ADAPTERS_PICTURE.name, ADAPTERS_PICTURE)
+        ADAPTERS.write_text((options.adapters / ADAPTERS.name).read_text())
     before = README.read_text()
     after = re.sub(
         r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)",
@@ -58,6 +66,8 @@ def section(name: str) -> str:
         return f"{bound.markdown(json.loads(PREDICTED.read_text()))}\n"
     if name == "budgets":
         return budgets_table(json.loads(BUDGETS.read_text()))
+    if name == "adapters":
+        return f"{adapters_report.tables(json.loads(ADAPTERS.read_text()))}\n"
     return demo_table() if name == "demo" else op_tables(name)
 
 

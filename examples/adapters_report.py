@@ -71,7 +71,7 @@ def _markdown(rows: list[tuple[str, ...]], headers: tuple[str, ...]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Writes the PNG."""
+    """Writes the PNG, if there is a part to be drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,6 +89,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     }
     drawers = {"methods": _draw_methods, "fusion": _draw_fusion, "madx": _draw_madx}
     names = [name for name in drawers if name in report]
+    if not names:
+        return
     with plt.rc_context(style):
         figure, axes = plt.subplots(
             1, len(names), figsize=(4.6 * len(names), 3.9), layout="constrained", squeeze=False

@@ -1,9 +1,9 @@
 """Part three: MAD-X on a toy language that is written in two alphabets.
 
-A word of the language is a letter between two digits, "3k7"; a text has words of mostly one topic.
-The letters are those of alphabet A or those of B, and nothing tells which letter of one is which of
-the other; the digits are common to both. A word's digits depend on its letter, in such a way that
-each digit is equally frequent in each topic: the topic is in the letters.
+A word of the language is a letter between two digits, "3k7", and a text has words of mostly one
+topic. The letters are those of alphabet A or those of B, and nothing tells which letter of one is
+which of the other; but the digits, which depend on the letter, are common to both. In the texts
+of the task the digits are illegible: their topic is in the letters alone.
 
     pretraining            a BERT, by masked symbols, on texts in A
     language adapters      of A and of B, with invertible blocks, by masked symbols, all else frozen
@@ -27,10 +27,11 @@ from .training import Batch, Tensor, Trainer
 
 TOPICS, EACH, WORDS = 4, 5, 8  # letters of each topic, words of a text
 LETTERS = TOPICS * EACH
+LOW = 2 * EACH  # digits that stand before a letter; as many others stand after one
 NOISE = 0.1  # a digit is any, with this probability
 OWN = 0.7  # a letter is of the text's topic
 CLS, MASK, DIGITS = 1, 2, 3
-FIRST = {"A": DIGITS + 2 * EACH, "B": DIGITS + 2 * EACH + LETTERS}
+FIRST = {"A": DIGITS + 2 * LOW, "B": DIGITS + 2 * LOW + LETTERS}
 HIDDEN = 64
 BATCH = 48
 STEPS = (500, 500, 150, 1000)  # pretraining, a language, the task; texts it is tested on
@@ -49,12 +50,12 @@ def draw_texts(count: int, alphabet: str, generator: torch.Generator) -> tuple[T
     topic = torch.randint(TOPICS, (count,), generator=generator)
     of = torch.where(sometimes(OWN), topic[:, None], uniform(TOPICS))
     within = uniform(EACH)
-    before = torch.where(sometimes(NOISE), uniform(EACH), within)
-    after = torch.where(sometimes(NOISE), uniform(EACH), (within + of) % EACH)
+    before = torch.where(sometimes(NOISE), uniform(LOW), of % 2 * EACH + within)
+    after = torch.where(sometimes(NOISE), uniform(LOW), of // 2 * EACH + within)
     letter = of * EACH + within
     if alphabet == "B":  # another order of the letters
         letter = torch.randperm(LETTERS, generator=torch.Generator().manual_seed(7))[letter]
-    words = torch.stack((DIGITS + before, FIRST[alphabet] + letter, DIGITS + EACH + after), -1)
+    words = torch.stack((DIGITS + before, FIRST[alphabet] + letter, DIGITS + LOW + after), -1)
     return torch.cat((torch.full((count, 1), CLS), words.flatten(1)), 1), topic
 
 
@@ -67,17 +68,23 @@ def masked(alphabet: str, steps: int, seed: int) -> Iterator[Batch]:
         yield {"input_ids": symbols.masked_fill(hidden, MASK)}, symbols.masked_fill(~hidden, -100)
 
 
+def question(count: int, alphabet: str, generator: torch.Generator) -> Batch:
+    """Texts without legible digits, and their topics."""
+    symbols, topic = draw_texts(count, alphabet, generator)
+    digits = (symbols >= DIGITS) & (symbols < DIGITS + 2 * LOW)
+    return {"input_ids": symbols.masked_fill(digits, MASK)}, topic
+
+
 def labelled(alphabet: str, steps: int, seed: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        symbols, topic = draw_texts(BATCH, alphabet, generator)
-        yield {"input_ids": symbols}, topic
+        yield question(BATCH, alphabet, generator)
 
 
 def make_model() -> BertForMaskedLM:
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=DIGITS + 2 * EACH + 2 * LETTERS,
+        vocab_size=DIGITS + 2 * LOW + 2 * LETTERS,
         hidden_size=HIDDEN,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -136,8 +143,8 @@ def run(quick: bool, progress: Callable[[str], None]) -> dict[str, Any]:
     for text, under in (("A", "A"), ("B", "A"), ("B", "B")):
         fusetune.compose(adapted, fusetune.Stack(under, "task"))
         with torch.no_grad():
-            symbols, topic = draw_texts(count, text, torch.Generator().manual_seed(5))
-            right = (logits(input_ids=symbols).argmax(-1) == topic).float().mean()
+            arguments, topic = question(count, text, torch.Generator().manual_seed(5))
+            right = (logits(**arguments).argmax(-1) == topic).float().mean()
         rows.append({"text": text, "language": f"language {under}", "accuracy": float(right)})
         progress(f"text in {text} under language {under}: {rows[-1]['accuracy']:.1%}")
     return {"rows": rows, "chance": 1 / TOPICS, "held_out": count}
