@@ -61,19 +61,17 @@ def load_adapterhub(
     if peft_model is not None:
         if isinstance(config, AdapterFusionConfig):
             checkpoint = _without_unused(checkpoint, base, config, peft_model)
-        active = peft_model.active_adapter
         peft_model.add_adapter(name, config)
         try:
             _copy(checkpoint, peft_model, base, name)
-        except ValueError:
+        except Exception:
             peft_model.delete_adapter(name)
-            peft_model.set_adapter(active)
             raise
         return peft_model
     peft_model = get_peft_model(model, config, name)
     try:
         _copy(checkpoint, peft_model, base, name)
-    except ValueError:
+    except Exception:
         cast(BottleneckModel, peft_model.base_model).unload()
         raise
     return peft_model
@@ -91,7 +89,9 @@ def save_adapterhub(
     directory: made where there is none. safe_serialization: adapter.safetensors, which adapters
     reads with use_safetensors=True, in place of pytorch_adapter.bin.
 
-    The temperature of a fusion is multiplied into its query, since adapters does not save it.
+    The temperature of a fusion is divided out of its query, since adapters does not save it. The
+    inverse of an invertible block is applied there by adapters' own heads (`BertAdapterModel`), not
+    by those of transformers after `adapters.init`.
     Raises ValueError for what adapters cannot express: inv_adapter "glow", trained LayerNorms, and
     in models without a class there original_ln_after=False.
     """
@@ -164,11 +164,7 @@ def _config(checkpoint: files.Checkpoint, model_type: str) -> AdapterConfig:
         config = cls(**arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(error if str(source) in str(error) else f"{source}: {error}") from error
-    if isinstance(config, MadXConfig) and model_type in ("gemma", "gemma2"):
-        raise ValueError(
-            f"{source}: in {model_type} models adapters has the invertible block before the "
-            "embeddings are scaled, where transformers 5 has no place for it"
-        )
+    _check_block(config, model_type, source)
     if model_type.startswith("gemma") and config.original_ln_before:
         _warn_of_gemma(source)
     return config
@@ -178,6 +174,14 @@ def _never_had_block(checkpoint: files.Checkpoint) -> bool:
     """Task adapters of adapter-transformers 1 have the field without having the block."""
     has = any("invertible_adapters." in key for key in checkpoint.tensors)
     return checkpoint.header.get("type") == "text_task" and not has
+
+
+def _check_block(config: AdapterConfig, model_type: str, source: object) -> None:
+    if isinstance(config, MadXConfig) and model_type in ("gemma", "gemma2"):
+        raise ValueError(
+            f"{source}: in {model_type} models adapters has the invertible block before the "
+            "embeddings are scaled, where transformers 5 has no place for it"
+        )
 
 
 def _warn_of_gemma(source: object) -> None:
@@ -254,6 +258,7 @@ def _check_export(config: BottleneckConfig, model_type: str) -> None:
         )
     if keys.is_plugged(model_type) and not config.original_ln_after:
         raise ValueError(f"adapters refuses original_ln_after=False in {model_type} models")
+    _check_block(config, model_type, "adapter_name")
     if model_type.startswith("gemma") and config.original_ln_before:
         _warn_of_gemma("adapter_name")
 

@@ -117,12 +117,15 @@ def test_temperature_of_adapters_moves_in_evaluation_and_ours_does_not():
 # --- saving ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("safe_serialization", [False, True])
-@pytest.mark.parametrize("case", CASES)
+def formats():
+    """Each case in adapters' own format, and those of one model in the other too."""
+    yield from ((case, False) for case in CASES)
+    yield from ((case, True) for case, spec in CASES.items() if spec["model"] == "bert")
+
+
+@pytest.mark.parametrize(("case", "safe_serialization"), formats())
 def test_saved_again_it_is_the_same(case, safe_serialization, tmp_path):
     """The same JSON and the same tensors by the same keys, but for a bare model's prefix."""
-    if safe_serialization and CASES[case]["model"] != "bert":
-        pytest.skip("the format does not depend on the model")
     model = loaded(case)
     spec = CASES[case]
     prefix = "" if not case.startswith("bare_") else "bert."
@@ -135,6 +138,12 @@ def test_saved_again_it_is_the_same(case, safe_serialization, tmp_path):
         compare(FOLDER / case / "fusion", tmp_path / "f", prefix)
 
 
+def is_used(key, folder):
+    """Not what adapters writes of a fusion without ever using it."""
+    left_out = folder.parts[-2:] == ("fusion_leave_out", "fusion") and ".layer.0." in key
+    return not left_out and ".dense." not in key
+
+
 def compare(theirs, ours, prefix):
     name = next(p.name for p in theirs.glob("*config.json"))
     expected, got = (json.loads((folder / name).read_text()) for folder in (theirs, ours))
@@ -144,7 +153,8 @@ def compare(theirs, ours, prefix):
         # BertAdapterModel there, BertModel here; and "None" where from_pretrained got None.
         del header["model_class"], header["model_name"]
     assert got == expected
-    expected, got = weights(theirs), weights(ours)
+    expected = {key: value for key, value in weights(theirs).items() if is_used(key, theirs)}
+    got = weights(ours)
     assert set(got) == {prefix + key for key in expected}
     for key, value in expected.items():
         if scheduled and ".query." in key:

@@ -213,6 +213,25 @@ def test_a_file_that_does_not_fit_is_named_and_changes_nothing(change, message, 
         assert model.active_adapter == "other"
 
 
+def test_a_file_that_does_not_fit_leaves_the_composition(tmp_path):
+    folder = copied("seq_bn", tmp_path)
+    edit_weights(folder, narrower)
+    model = base_model("bert")
+    for name in ("lang", "task"):
+        model = load_adapterhub(model, FOLDER / "seq_bn" / "a", name, is_trainable=True)
+    methods.compose(model, methods.Stack("lang", "task"), trainable=["task"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    for _ in range(2):
+        with pytest.raises(ValueError, match="has shape"):
+            load_adapterhub(model, folder)
+        assert repr(model.base_model.composition) == "Stack('lang', 'task')"
+        assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+    load_adapterhub(model, FOLDER / "seq_bn" / "a")
+    assert repr(model.base_model.composition) == "Stack('lang', 'task')"
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
 def test_two_copies_of_one_tensor_must_agree(tmp_path):
     folder = copied("ln_before", tmp_path)
     key = "bert.encoder.layer.0.output.adapters.a.adapter_norm_before.weight"
@@ -334,6 +353,26 @@ def test_trained_layer_norms_are_not_exported(tmp_path):
     model = tiny(methods.BottleneckConfig.houlsby())
     with pytest.raises(ValueError, match="LayerNorms are trained"):
         save_adapterhub(model, tmp_path, "x")
+
+
+def test_blocks_of_gemma_are_refused_both_ways(tmp_path):
+    """adapters has them on unscaled embeddings; ours is after Gemma's scaling."""
+    model = get_peft_model(base_model("gemma2"), methods.MadXConfig(), "x")
+    with pytest.raises(ValueError, match="before the embeddings are scaled"):
+        save_adapterhub(model, tmp_path / "x", "x")
+    folder = copied("qwen3_inv", tmp_path)
+    edit(folder, lambda header: header.update(model_type="gemma2"))
+    with pytest.raises(ValueError, match="before the embeddings are scaled"):
+        load_adapterhub(base_model("gemma2"), folder)
+
+
+def test_norms_of_gemma_are_warned_of(tmp_path):
+    """adapters takes the last layer's norm in all layers, by a late-bound name."""
+    model = get_peft_model(base_model("gemma2"), methods.BottleneckConfig.pfeiffer(), "x")
+    with pytest.warns(UserWarning, match="uses the last layer's norm"):
+        save_adapterhub(model, tmp_path / "x", "x")
+    with pytest.warns(UserWarning, match="uses the last layer's norm"):
+        load_adapterhub(base_model("gemma2"), tmp_path / "x")
 
 
 def test_temperatures_are_exported_in_the_query(tmp_path):
