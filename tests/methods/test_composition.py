@@ -34,6 +34,7 @@ BAD = [
     (Stack(Stack("first")), "Stack is not allowed in"),
     (Stack(Parallel("first"), Parallel("second")), "one Parallel only"),
     (Average("first", Fuse("second")), "Fuse is not allowed in"),
+    (Fuse(Stack("first", Average("second")), "third"), "a Stack in a Fuse is of adapters only"),
 ]
 
 

@@ -168,6 +168,8 @@ def _resolve(tree: Node, configs: Mapping[str, Any]) -> Node:
         if isinstance(child, Node):
             if type(child) not in _ALLOWED[type(tree)]:
                 raise ValueError(f"{type(child).__name__} is not allowed in {tree}")
+            if isinstance(tree, Fuse) and any(isinstance(c, Node) for c in child.children):
+                raise ValueError(f"{tree}: a Stack in a Fuse is of adapters only")
             child = _resolve(child, configs)
         children.append(child)
     copy = object.__new__(type(tree))

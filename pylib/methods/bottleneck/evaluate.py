@@ -55,14 +55,13 @@ class Site:
 class State:
     """hidden: the result so far [B, T, H]; base: h; stream: r, or None where nobody reads it.
 
-    last: the adapter applied last; output: its A(x) alone, where a fusion asked for it.
+    last: the adapter applied last.
     """
 
     hidden: Tensor
     base: Tensor
     stream: Tensor | None
     last: str = ""
-    output: Tensor | None = None
 
     def cut(self, dim: int, start: int, size: int) -> State:
         """A part of the batch (dim 0) or of the sequence (dim 1)."""
@@ -71,20 +70,19 @@ class State:
             hidden=self.hidden.narrow(dim, start, size),
             base=self.base.narrow(dim, start, size),
             stream=None if self.stream is None else self.stream.narrow(dim, start, size),
-            output=None,
         )
 
 
-def evaluate(tree: str | Node, state: State, site: Site, outputs: bool = False) -> State:
-    """The state after a composition of which something is here. outputs: fill `State.output`."""
+def evaluate(tree: str | Node, state: State, site: Site) -> State:
+    """The state after a composition of which something is here."""
     if isinstance(tree, str):
         adapter = site.adapters[tree]
         x, residual = adapter.enter(state.hidden, state.stream, site.norm)
-        return _apply(tree, x, residual, state, site, outputs)
+        return _apply(tree, x, residual, state, site)
     if isinstance(tree, Stack):
         for child in tree.children:
             if site.has(child):
-                state = evaluate(child, state, site, outputs)
+                state = evaluate(child, state, site)
         return state
     if isinstance(tree, Fuse):
         return _fuse(tree, state, site)
@@ -108,15 +106,8 @@ def evaluate(tree: str | Node, state: State, site: Site, outputs: bool = False) 
     return replace(state, hidden=hidden, last=_last_applied(parts))
 
 
-def _apply(
-    name: str, x: Tensor, residual: Tensor, state: State, site: Site, outputs: bool = False
-) -> State:
-    adapter = site.adapters[name]
-    if outputs:  # a fusion wants A(x); the sum is for adapters stacked on this one
-        return replace(
-            state, hidden=adapter(x, residual, state.base), last=name, output=adapter.output(x)
-        )
-    return replace(state, hidden=adapter(x, residual, state.base), last=name)
+def _apply(name: str, x: Tensor, residual: Tensor, state: State, site: Site) -> State:
+    return replace(state, hidden=site.adapters[name](x, residual, state.base), last=name)
 
 
 def _child(child: str | Node, x: Tensor, residual: Tensor, state: State, site: Site) -> State:
@@ -149,18 +140,25 @@ def _fuse(tree: Fuse, state: State, site: Site) -> State:
     query = x
     if site.query_before_norm[str(tree.name)] and not adapter.config.is_parallel:
         query = state.hidden
-    values = []
-    for child in tree.children:
-        if not site.has(child):
-            continue
-        if isinstance(child, str):
-            values.append(site.adapters[child].output(x))
-        else:
-            values.append(evaluate(child, replace(state, hidden=x), site, outputs=True).output)
+    inner = replace(state, hidden=x)
+    values = [_output(child, inner, site) for child in tree.children if site.has(child)]
     hidden, _ = site.fusions[str(tree.name)](query, values, residual)
     if adapter.config.is_parallel:
         hidden = hidden + state.base
     return replace(state, hidden=hidden, last=name)
+
+
+def _output(child: str | Node, state: State, site: Site) -> Tensor:
+    """A(x) of a fusion's child: of an adapter on the prepared input, or of a Stack's last one."""
+    if isinstance(child, str):
+        output: Tensor = site.adapters[child].output(state.hidden)
+        return output
+    *below, top = site.present(child)
+    for name in below:
+        state = evaluate(name, state, site)
+    x, _ = site.adapters[top].enter(state.hidden, state.stream, site.norm)
+    output = site.adapters[top].output(x)
+    return output
 
 
 def _sizes(tree: Node, hidden: Tensor) -> list[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,7 +66,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             self.query_before_norm[name] = bool(getattr(config, "query_before_ln", False))
         elif isinstance(config, BottleneckConfig) and is_wanted(config, self.place):
             size = config.bottleneck_size(hidden_size, self.place.layer)
-            with _seed(config.init_weights_seed, self.place.key):
+            with _seeded(config.init_weights_seed, self.place.key):
                 self.bn_adapters[name] = BottleneckAdapter(hidden_size, size, config)
         if self.place.layer == 0 and self.place.kind == "attention":
             coupling = config.make_coupling(hidden_size)
@@ -212,19 +214,12 @@ def is_wanted(config: BottleneckConfig, place: Place) -> bool:
     return on[place.kind] and place.layer not in config.leave_out
 
 
-class _seed:
-    """A with block under a seed of its own for each place, torch's generator untouched."""
-
-    def __init__(self, seed: int | None, key: str) -> None:
-        self._seed = None if seed is None else seed + zlib.crc32(key.encode())
-        self._fork: Any = None
-
-    def __enter__(self) -> None:
-        if self._seed is not None:
-            self._fork = torch.random.fork_rng()
-            self._fork.__enter__()
-            torch.manual_seed(self._seed)
-
-    def __exit__(self, *error: Any) -> None:
-        if self._fork is not None:
-            self._fork.__exit__(*error)
+@contextmanager
+def _seeded(seed: int | None, key: str) -> Iterator[None]:
+    """A seed of its own for each place; torch's generator is as it was afterwards."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed + zlib.crc32(key.encode()))
+        yield
