@@ -35,6 +35,7 @@ class Sizes(NamedTuple):
 
 FULL = Sizes(4096, 4096, 4096)
 SMALL = Sizes(256, 256, 512)
+_ADAPTER = Sizes(4096, 48, 768)
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,42 @@ def _linear_dx(sizes: Sizes, arch: int, p: float = 0.0) -> None:
     launch_linear(tensor(m, n), w.T, tensor(m, k), arch=arch, tail=tail, dropout=dropout)
 
 
+def _bottleneck(sizes: Sizes, arch: int) -> None:
+    """n: the bottleneck's width, k: the model's."""
+    from fusetune._triton.bottleneck import launch_bottleneck
+
+    m, d, h = sizes
+    down, up = tensor(1, d, h), tensor(1, h, d)
+    biases = tensor(1, d), tensor(1, h)
+    launch_bottleneck(
+        tensor(m, h), down, biases[0], up, biases[1], [m], "gelu", tensor(m, h), False, arch=arch
+    )
+
+
+def _bottleneck_backward(sizes: Sizes, arch: int) -> None:
+    from fusetune._triton.bottleneck_backward import launch_bottleneck_backward
+
+    m, d, h = sizes
+    down, up, z = tensor(1, d, h), tensor(1, h, d), tensor(m, d)
+    dy, x = tensor(m, h), tensor(m, h)
+    launch_bottleneck_backward(
+        dy, x, down, up, z, [m], "gelu", False, need_dx=True, need_parameters=True, arch=arch
+    )
+
+
+def _attend(sizes: Sizes, arch: int, backward: bool = False) -> None:
+    """n: how many adapters."""
+    from fusetune._triton import adapter_fusion
+
+    m, n, h = sizes
+    g, values = tensor(m, h), [tensor(n, m, h)]
+    if not backward:
+        adapter_fusion.launch_fusion_attend(g, values, None, 1.0)
+        return
+    p = tensor(m, n, dtype=torch.float32)
+    adapter_fusion.launch_fusion_attend_backward(g, g, values, p, 1.0, need_dvalues=True)
+
+
 _WIDE = ("wide loads",)
 _MATMUL = ("tensor cores", "wide loads")
 _PIPELINED = ("tensor cores", "asynchronous copies")
@@ -277,6 +314,32 @@ TRITON = (
         lambda s, arch: _linear_dx(s, arch, DROPOUT),
         _PIPELINED,
         newest=True,
+    ),
+    *(
+        Case(name, "triton", kernel, call, needs, small=Sizes(128, 48, 768), full=_ADAPTER)
+        for name, kernel, call, needs in (
+            ("bottleneck", "_bottleneck", _bottleneck, _MATMUL),
+            ("bottleneck_backward", "_backward", _bottleneck_backward, _MATMUL),
+            ("bottleneck_backward, sums", "_sum_shares", _bottleneck_backward, _WIDE),
+        )
+    ),
+    Case(
+        "fusion_attend",
+        "triton",
+        "_attend",
+        _attend,
+        ("wide loads", "wide stores"),
+        small=Sizes(16, 3, 768),
+        full=Sizes(2048, 8, 768),
+    ),
+    Case(
+        "fusion_attend_backward",
+        "triton",
+        "_attend_backward",
+        lambda s, arch: _attend(s, arch, backward=True),
+        ("wide loads", "wide stores"),
+        small=Sizes(16, 3, 768),
+        full=Sizes(2048, 8, 768),
     ),
 )
 
