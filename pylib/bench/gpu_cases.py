@@ -16,8 +16,10 @@ from fusetune.reference import dora_norm as dora_reference
 from fusetune.reference import merge_lora as merge_reference
 from fusetune.reference.dequantize_4bit import dequantize_4bit as dense_of
 
+from .bottleneck_cases import bottleneck
 from .cases import EXACT, NAMES, quantized
 from .dora_cases import dora_linear
+from .fusion_cases import adapter_fusion
 from .timing import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,6 +38,11 @@ def triton_cases() -> Iterator[Case]:
         yield lora(70, 72, 200, dtype, "triton", dropout=0.3)
         yield lora(19, 40, 104, dtype, "addmm", rank=20, dropout=0.3)
         yield lora(19, 40, 104, dtype, "augmented", dense=True)
+        yield bottleneck(37, 104, 20, dtype, activation="gelu", dropout=0.3)
+        yield bottleneck(40, 72, 5, dtype, rows=[7, 0, 33])
+        # Dropping scores out makes softmax amplify the roundings of any fp32 implementation.
+        dropout = 0.0 if dtype == torch.float32 else 0.3
+        yield adapter_fusion(9, 3, 72, dtype, train=True, dropout=dropout)
 
 
 def cuda_cases() -> Iterator[Case]:
