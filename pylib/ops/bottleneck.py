@@ -66,7 +66,7 @@ def bottleneck(
     seed = new_seed(x.device) if training and dropout_p > 0 else None
     groups = None if rows is None else list(rows)
     parameters = (down_weight, down_bias, up_weight, up_bias)
-    settings = (groups, activation, residual, same, dropout_p, seed)
+    settings: tuple[Any, ...] = (groups, activation, residual, same, dropout_p, seed)
     if torch.compiler.is_compiling() or not plain(x):
         y: Tensor = _op(x, *parameters, *settings)[0]
         return y
