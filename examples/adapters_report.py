@@ -62,7 +62,7 @@ def _madx(part: dict[str, Any]) -> str:
         f"Trained on alphabet A alone; {part['held_out']} held-out texts, "
         f"chance {part['chance']:.0%}:\n\n"
     )
-    return text + _markdown(rows, ("text in", "under the task's adapter", "accuracy"))
+    return text + _markdown(rows, ("text in", "stacked under the task", "accuracy"))
 
 
 def _markdown(rows: list[tuple[str, ...]], headers: tuple[str, ...]) -> str:
@@ -104,16 +104,15 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def _draw_methods(axes: Any, part: dict[str, Any]) -> None:
     for name, row in part["rows"].items():
         trained = row["parameters"] + row["head_parameters"]
-        axes.errorbar(trained, 100 * row["accuracy"], 100 * _error(part), color=GREY, capsize=2)
-        axes.plot(trained, 100 * row["accuracy"], "o", color=BLUE)
-        axes.annotate(name, (trained, 100 * row["accuracy"]), (6, 5), textcoords="offset points")
+        spread = 100 * _error(part)
+        axes.errorbar(trained, 100 * row["accuracy"], spread, fmt="o", capsize=2, label=name)
+    axes.legend(frameon=False, loc="lower right")
     axes.set(
         title="Methods on the real encoder",
         xlabel="parameters trained, with the head",
         ylabel="held-out accuracy, %",
         xscale="log",
     )
-    axes.margins(x=0.25)
 
 
 def _draw_fusion(axes: Any, part: dict[str, Any]) -> None:
