@@ -200,7 +200,9 @@ def _tiles(h: int, each: int) -> tuple[int, int, int]:
     return max(1, 32 * each // cols), cols, max(1, cols // (32 * each))
 
 
-def _described(values: Sequence[torch.Tensor]) -> tuple[tuple[object, ...], ...]:
+def _described(
+    values: Sequence[torch.Tensor],
+) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """(stacks, adapters, strides of rows, strides of adapters) as the kernels take them."""
     if len(values) > MOST_STACKS:
         values = [torch.cat(list(values))]
