@@ -53,8 +53,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "adapters-minilm.json"
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    report["cpu"], report["threads"] = cpu_name(), options.threads
     parts = options.part or list(PARTS)
+    if "cost" in parts:
+        report["cpu"], report["threads"] = cpu_name(), options.threads
     begin = time.perf_counter()
 
     def progress(message: str) -> None:

@@ -15,6 +15,8 @@ def tables(report: dict[str, Any]) -> str:
     parts = []
     if "methods" in report:
         parts.append(_methods(report["methods"], report.get("cost", {})))
+        if "cost" in report:
+            parts.append(f"Steps on {report['cpu']}, {report['threads']} threads.")
     if "fusion" in report:
         parts.append(_fusion(report["fusion"]))
     if "madx" in report:
@@ -59,7 +61,7 @@ def _fusion(part: dict[str, Any]) -> str:
 def _madx(part: dict[str, Any]) -> str:
     rows = [(row["text"], row["language"], f"{row['accuracy']:.1%}") for row in part["rows"]]
     text = (
-        f"Trained on alphabet A alone; {part['held_out']} held-out texts, "
+        f"The task was learnt in alphabet A alone; {part['held_out']} held-out texts, "
         f"chance {part['chance']:.0%}:\n\n"
     )
     return text + _markdown(rows, ("text in", "stacked under the task", "accuracy"))
@@ -124,7 +126,7 @@ def _draw_madx(axes: Any, part: dict[str, Any]) -> None:
     bars = [(f"{row['text']} under {row['language']}", row["accuracy"]) for row in part["rows"]]
     _bars(axes, bars, "B under language B")
     axes.axvline(100 * part["chance"], color=RED, linestyle="--", linewidth=1)
-    axes.set(title="Text in an alphabet never trained on", xlabel="held-out accuracy, %")
+    axes.set(title="The task has never seen alphabet B", xlabel="held-out accuracy, %")
 
 
 def _bars(axes: Any, bars: list[tuple[str, float]], ours: str) -> None:
