@@ -30,7 +30,7 @@ from tabulate import tabulate
 
 from benchmarks import cards
 from benchmarks.cards import CARDS, Card
-from benchmarks.gpu_kernels import DROPOUT, RANK, weight
+from benchmarks.gpu_launches import DROPOUT, RANK, weight
 from benchmarks.ledgers import SCHEMES, Layer, Operator, decode_and_multiply
 from benchmarks.recorder import Work, recorded
 from fusetune import ops

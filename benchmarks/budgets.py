@@ -43,9 +43,7 @@ RECORD = ROOT / "tests" / "compile" / "budgets.json"
 KEPT = ROOT / "build" / "budgets"
 
 BAND = 8  # registers
-TRITON_ARCHS = tuple(arch for arch in MAX_SHARED if arch >= 80)  # where the ops offer it
-EXECUTED_TRITON = 80  # matrix instructions that only later architectures have are not simulated
-EXECUTED_CUDA = (75, 80)
+EXECUTED = (75, 80)  # matrix instructions that only later architectures have are not simulated
 
 # Machine instructions by what they are for, and the first architecture that has them.
 INSTRUCTIONS = {
@@ -64,8 +62,8 @@ Found = dict[str, dict[str, Any]]  # {"sm_80, lora_da": {"registers": 80, ...}}
 
 
 def compiled_triton() -> Found:
-    """Every Triton case on every architecture."""
-    tasks = [(case.name, arch) for case in TRITON for arch in TRITON_ARCHS]
+    """Every Triton case on every architecture where the ops offer it."""
+    tasks = [(case.name, arch) for case in TRITON for arch in case.archs(MAX_SHARED)]
     sources = ["kernels/triton", "pylib/sim/compile.py"]
     return _kept("compiled-triton", sources, lambda: _in_processes(_compile, tasks))
 
@@ -81,18 +79,18 @@ def compiled_cuda() -> Found:
 
 def executed_triton() -> Found:
     """Counts of every Triton case at its small shape."""
-    tasks = [("triton", case.name, EXECUTED_TRITON) for case in TRITON]
+    tasks = [("triton", case.name, arch) for case in TRITON for arch in case.archs(EXECUTED)]
     sources = ["kernels/triton", "pylib/ops", "pylib/sim"]
     return _kept("executed-triton", sources, lambda: _in_processes(_execute, tasks))
 
 
 def executed_cuda() -> Found:
     """Counts of every CUDA case at its small shape."""
-    tasks = [("cuda", case.name, arch) for case in CUDA for arch in EXECUTED_CUDA]
+    tasks = [("cuda", case.name, arch) for case in CUDA for arch in EXECUTED]
     sources = ["kernels/cuda", "csrc/cuda", "csrc/bindings_cuda.cpp", "pylib/ops", "pylib/sim"]
 
     def execute() -> Found:
-        for arch in EXECUTED_CUDA:  # built once, before several processes want it
+        for arch in EXECUTED:  # built once, before several processes want it
             with cuda_sim(arch):
                 pass
         return _in_processes(_execute, tasks)
@@ -121,7 +119,8 @@ def _compile(name: str, arch: int) -> Found:
     with offline.triton_kernels(arch) as kernels, accept_cpu_tensors("triton"):
         case.call(case.full, arch)
     usage = next(kernel.usage for kernel in kernels if kernel.name == case.kernel)
-    needs = case.needs
+    # Triton multiplies by FMA on sm_75.
+    needs = [what for what in case.needs if arch >= 80 or what != "tensor cores"]
     if case.newest and arch in NEWEST_TENSOR_CORES:
         found = usage.count(NEWEST_TENSOR_CORES[arch]) > 0
         return {f"sm_{arch}, {name}": resources(usage, arch, needs, [] if found else ["newest"])}
@@ -231,7 +230,7 @@ def _one_thread() -> None:
 def _kept(part: str, sources: Iterable[str], find: Callable[[], Found]) -> Found:
     """What `find` finds, once for every state of the sources."""
     key = hashlib.sha256(repr((toolchain(), sys.version)).encode())
-    own = ["benchmarks/budgets.py", "benchmarks/gpu_kernels.py"]
+    own = ["benchmarks/budgets.py", "benchmarks/gpu_kernels.py", "benchmarks/gpu_launches.py"]
     for name in (*own, *sources):
         path = ROOT / name
         files = (

@@ -228,12 +228,14 @@ def launch_rows(
     scaling: float = 1.0,
     out: torch.Tensor | None = None,
     norm: torch.Tensor | None = None,
+    arch: int = 80,
 ) -> None:
     """Decodes `weight` [n, k] row by row. k a multiple of 8 where it is 4-bit.
 
     With lora_A [r, k] and lora_B [n, r], contiguous: scaling B A is added in fp32. With lora_B
     alone: out has more than k columns, the first r of them beyond k get scaling B, the rest zeros.
     out: rows contiguous, n of them; None: not written. norm: fp32 [n], the rows' Euclidean norms.
+    arch: the GPU's, as 80 for sm_80.
     """
     if n == 0:
         return
@@ -245,6 +247,8 @@ def launch_rows(
     else:
         quantized, pointers, stride = weight, (*weight.tensors, weight.packed), 0
     none = pointers[0]
+    # Below sm_80 the operands of B A lie in registers: half as many threads would spill some.
+    warps = _WARPS if merge and arch < 80 else _WARPS // 2
     _dequantize_rows[(triton.cdiv(n, _ROWS),)](
         *pointers,
         none if lora_A is None else lora_A,
@@ -268,6 +272,6 @@ def launch_rows(
         ROWS=_ROWS,
         COLS=_COLS,
         RANKS=_RANKS,
-        num_warps=_WARPS // 2,
+        num_warps=warps,
         enable_fp_fusion=merge,
     )

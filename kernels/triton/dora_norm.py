@@ -21,12 +21,23 @@ def launch_dora_norm(
     scaling: float,
     norm: torch.Tensor,
     merged: torch.Tensor | None = None,
+    arch: int = 80,
 ) -> None:
     """norm: fp32 [N]. merged: [N, K], rows contiguous, or None.
 
     weight: dense, rows contiguous, or 4-bit with K a multiple of 8; lora_A [r, K] and lora_B
-    [N, r] contiguous.
+    [N, r] contiguous. arch: the GPU's, as 80 for sm_80.
     """
     (n, r), k = lora_B.shape, lora_A.shape[1]
     assert lora_A.shape[0] == r
-    launch_rows(weight, n, k, lora_A=lora_A, lora_B=lora_B, scaling=scaling, out=merged, norm=norm)
+    launch_rows(
+        weight,
+        n,
+        k,
+        lora_A=lora_A,
+        lora_B=lora_B,
+        scaling=scaling,
+        out=merged,
+        norm=norm,
+        arch=arch,
+    )

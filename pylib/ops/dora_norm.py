@@ -44,7 +44,8 @@ def _triton_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float)
     norm = torch.empty(lora_B.shape[0], dtype=torch.float32, device=lora_B.device)
     with _triton.on(norm.device):
         a, b = _triton.adapter(lora_A), _triton.adapter(lora_B)
-        launch_dora_norm(_triton.rows_of(weight), a, b, scaling, norm)
+        arch = _triton.capability(norm.device)
+        launch_dora_norm(_triton.rows_of(weight), a, b, scaling, norm, arch=arch)
     return norm
 
 

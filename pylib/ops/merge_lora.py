@@ -66,7 +66,8 @@ def _triton_merge(
     with _triton.on(out.device):
         a, b = _triton.adapter(lora_A), _triton.adapter(lora_B)
         source = _triton.rows_of(weight)
-        launch_rows(source, *out.shape, lora_A=a, lora_B=b, scaling=scaling, out=out)
+        arch = _triton.capability(out.device)
+        launch_rows(source, *out.shape, lora_A=a, lora_B=b, scaling=scaling, out=out, arch=arch)
     return out
 
 
