@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from fusetune.ops import _check
-from fusetune.ops._fusion_attend import attend
+from fusetune.ops._adapter_fusion import attend
 from fusetune.reference.dropout import new_seed
 from fusetune.reference.linear_4bit import accumulate_dtype
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusetune import _native
-from fusetune.ops import _fusion_attend, adapter_fusion, set_isa, use_backend
+from fusetune.ops import _adapter_fusion, adapter_fusion, set_isa, use_backend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = _native.C.available_isas() if _native.C else []
@@ -170,8 +170,8 @@ def test_every_instruction_set(isa, dtype):
             results = []
             for name in ("cpu", "reference"):
                 with use_backend(name):
-                    ctx, p = _fusion_attend._forward(g, values, offset, 1.5, 0.25, seed)
-                    back = _fusion_attend._backward(upper, g, values, p, 1.5, 0.25, seed, True)
+                    ctx, p = _adapter_fusion._forward(g, values, offset, 1.5, 0.25, seed)
+                    back = _adapter_fusion._backward(upper, g, values, p, 1.5, 0.25, seed, True)
                 results.append([ctx, p, back[0], *back[1], back[2]])
             for got, want in zip(*results, strict=True):
                 tolerance = 2e-4 if got.dtype == torch.float32 else torch.finfo(dtype).eps

@@ -6,7 +6,7 @@ from backends import TRITON, simulated
 from tolerance import assert_same
 
 from fusetune import ops
-from fusetune.ops._fusion_attend import attend
+from fusetune.ops._adapter_fusion import attend
 from fusetune.ops._registry import OPS, Case
 from fusetune.reference.dropout import new_seed
 

@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _cpu
-from fusetune.ops._fusion_attend_gpu import GPU_BACKWARD, GPU_FORWARD
+from fusetune.ops._adapter_fusion_gpu import GPU_BACKWARD, GPU_FORWARD
 from fusetune.ops._registry import LIB, Impl, Op, plain
 from fusetune.ops._weight import as_rows
 from fusetune.reference import adapter_fusion as reference
