@@ -25,6 +25,15 @@ def _supports(case: Case) -> str | None:
     return None
 
 
+def too_wide(d: int, x: torch.dtype, weights: torch.dtype) -> str | None:
+    """Why torch runs a bottleneck of d features, or None where the kernels do."""
+    from fusetune._triton.bottleneck import most
+
+    if d <= most(x, weights):
+        return None
+    return f"d = {d} is more than the {most(x, weights)} features that a Triton kernel holds"
+
+
 def _weights(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Both as the kernels take them: of one dtype, the wider."""
     down, up = _triton.adapter(down), _triton.adapter(up)
@@ -44,10 +53,10 @@ def _forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    from fusetune._triton.bottleneck import launch_bottleneck, most
+    from fusetune._triton.bottleneck import launch_bottleneck
 
     down, up = _weights(down_weight, up_weight)
-    if down.shape[1] > most(x.dtype, down.dtype):
+    if too_wide(down.shape[1], x.dtype, down.dtype):
         return reference.bottleneck(
             x, down_weight, down_bias, up_weight, up_bias,
             rows, activation, residual, same, dropout_p, seed,
@@ -84,11 +93,10 @@ def _backward(
     seed: Tensor | None,
     need: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    from fusetune._triton.bottleneck import most
     from fusetune._triton.bottleneck_backward import launch_bottleneck_backward
 
     down, up = _weights(down_weight, up_weight)
-    if down.shape[1] > most(x.dtype, down.dtype):
+    if too_wide(down.shape[1], x.dtype, down.dtype):
         return reference.bottleneck_backward(
             dy, x, down_weight, up_weight, z, rows, activation, same, dropout_p, seed, need
         )

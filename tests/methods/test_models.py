@@ -18,6 +18,7 @@ import fusetune
 from fusetune import methods
 from fusetune.methods import BottleneckConfig
 from fusetune.methods.bottleneck.layer import BottleneckLayer
+from fusetune.methods.bottleneck.report import carrier
 
 KINDS = {"houlsby": houlsby, "pfeiffer": pfeiffer, "parallel": parallel}
 
@@ -168,9 +169,9 @@ def test_fuse_reports_the_layers():
     model.add_adapter("other", pfeiffer(leave_out=[0]))
     report = fusetune.fuse(model)
     rows = [row for row in report.rows if row.method == "bottleneck"]
-    carrier = fusetune.ops.OPS["bottleneck"].carrier("cpu", torch.float32, torch.float32)
+    backend = fusetune.ops.OPS["bottleneck"].carrier("cpu", torch.float32, torch.float32)
     assert len(rows) == 4
-    assert all(row.fused == (carrier != "reference") for row in rows)
+    assert all(row.fused == (backend != "reference") for row in rows)
     model.set_adapter("other")
     rows = [row for row in report.refresh().rows if row.method == "bottleneck"]
     assert sum(row.reason == "none of the active adapters is here" for row in rows) == 2
@@ -345,3 +346,17 @@ def test_architectures_that_do_not_fit():
         get_peft_model(tiny_models.llama()[0], BottleneckConfig(cross_adapter=True))
     with pytest.raises(ValueError, match="post_add"):
         get_peft_model(tiny_models.llama()[0], pfeiffer(residual_before_ln="post_add"))
+
+
+def test_the_report_names_bottlenecks_too_wide_for_a_gpu_kernel():
+    """They run by torch inside the backend's implementation: they are not to look fused."""
+    pytest.importorskip("triton")
+    from fusetune.sim import triton_sim
+
+    for factor, reason in ((0.05, "features that a Triton kernel holds"), (8, None)):
+        model, _ = adapted("llama", lambda factor=factor: pfeiffer(reduction_factor=factor))
+        layer = next(m for m in model.modules() if isinstance(m, BottleneckLayer))
+        with triton_sim(80):
+            backend, why = carrier(layer)
+        assert backend == ("reference" if reason else "triton")
+        assert why is None if reason is None else why.endswith(reason)

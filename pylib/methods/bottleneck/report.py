@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fusetune.methods.bottleneck.layer import BottleneckLayer
+from fusetune.ops._bottleneck_gpu import too_wide
 from fusetune.ops._registry import OPS, Case, backend
 
 METHOD = "bottleneck"
@@ -24,9 +25,14 @@ def carrier(module: nn.Module) -> tuple[str, str | None] | None:
     names = module.present(tree)
     if not names:
         return "-", "none of the active adapters is here"
-    weight: torch.Tensor = module.bn_adapters[names[0]].down.weight
+    weights: list[torch.Tensor] = [module.bn_adapters[name].down.weight for name in names]
+    weight = weights[0]
     case = Case(weight.device.type, module.dtype, weight.dtype)
     name = OPS[METHOD].carrier(*case)
+    if name == "triton":
+        whys = [too_wide(w.shape[0], module.dtype, w.dtype) for w in weights]
+        if any(whys):
+            return "reference", next(why for why in whys if why)
     if name != "reference" or backend() != "auto":
         return name, None
     others = [f"{other}: {why}" for other, why in OPS[METHOD].explain(case) if why]
