@@ -204,7 +204,9 @@ setup(
     ],
     package_data={"fusetune": ["py.typed"], "fusetune.sim": ["cudart.cpp"]},
     ext_modules=[
-        Extension("fusetune._C", ["csrc/bindings.cpp"], language="c++"),
+        Extension(
+            "fusetune._C", ["csrc/bindings.cpp", "csrc/bindings_adapters.cpp"], language="c++"
+        ),
         *([Extension("fusetune._cuda", ["csrc/bindings_cuda.cpp"])] if find_nvcc() else []),
     ],
     cmdclass={"build_ext": BuildExt},

@@ -1,27 +1,17 @@
 // fusetune._C: the kernels for Python. Tensors travel as addresses, so that this module needs neither torch's
 // headers nor its ABI; whoever calls has checked shapes, dtypes, devices and contiguity.
 //
-// Conventions (0 is a null pointer):
-//   Matrix  (address, row stride in elements, dtype) with dtype 0 float32, 1 float16, 2 bfloat16
+// Conventions as in bindings.h, and
 //   W4      (packed, code, absmax, absmax_q, nested_code, nested_absmax, nested_offset, nested_blocksize,
 //            blocksize, rows, cols)
-//   Dropout (seed, threshold, scale) or None
 //   LowRank (left, right, rank, scale) or None
-//   Adapters (hidden, bottleneck, rows of each group, down, up, down_bias, up_bias, activation), down and up a Matrix
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <tuple>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "bindings.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -29,30 +19,10 @@ using namespace fusetune;
 
 namespace {
 
-using Address = uintptr_t;
-using MatrixArg = std::tuple<Address, int64_t, int>;
 using Weight4bitArg = std::tuple<Address, Address, Address, Address, Address, Address, float, int64_t, int64_t,
                                  int64_t, int64_t>;
-using DropoutArg = std::optional<std::tuple<uint64_t, uint32_t, float>>;
 using LowRankArg = std::optional<std::tuple<Address, Address, int64_t, float>>;
-
-using AdaptersArg = std::tuple<int64_t, int64_t, std::vector<int64_t>, MatrixArg, MatrixArg, Address, Address, int>;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Dtype dtype(int code) {
-  if (code < 0 || code > 2) throw std::invalid_argument("dtype code must be 0, 1 or 2, got " + std::to_string(code));
-  return static_cast<Dtype>(code);
-}
-
-Matrix matrix(const MatrixArg& m) { return {pointer<void>(std::get<0>(m)), std::get<1>(m), dtype(std::get<2>(m))}; }
-
-MutMatrix mut_matrix(const MatrixArg& m) {
-  return {pointer<void>(std::get<0>(m)), std::get<1>(m), dtype(std::get<2>(m))};
-}
+using DenseArg = std::optional<MatrixArg>;
 
 Weight4bit weight_4bit(const Weight4bitArg& arg) {
   const auto& [packed, code, absmax, absmax_q, nested_code, nested_absmax, offset, nested_blocksize, blocksize, rows,
@@ -63,52 +33,11 @@ Weight4bit weight_4bit(const Weight4bitArg& arg) {
           rows,                       cols};
 }
 
-Dropout dropout_of(const DropoutArg& arg) {
-  if (!arg) return {0, 0, 1.0f};
-  return {std::get<0>(*arg), std::get<1>(*arg), std::get<2>(*arg)};
-}
-
 LowRank low_rank(const LowRankArg& arg) {
   if (!arg) return {nullptr, nullptr, 0, 0.0f};
   const auto& [left, right, rank, scale] = *arg;
   return {pointer<float>(left), pointer<float>(right), rank, scale};
 }
-
-Adapters adapters_of(const AdaptersArg& arg) {
-  const auto& [hidden, bottleneck, rows, down, up, down_bias, up_bias, activation] = arg;
-  if (activation < 0 || activation > static_cast<int>(Activation::identity)) {
-    throw std::invalid_argument("no activation has the code " + std::to_string(activation));
-  }
-  return {static_cast<int64_t>(rows.size()), hidden, bottleneck, rows.data(), matrix(down), matrix(up),
-          pointer<float>(down_bias), pointer<float>(up_bias), static_cast<Activation>(activation)};
-}
-
-// The kernel, or a clear error where this instruction set's table has none.
-template <class F>
-F built(F kernel, const char* name) {
-  if (!kernel) throw std::runtime_error(std::string(name) + " is not built for " + kernels().isa);
-  return kernel;
-}
-
-// The matrices of N adapters, as the kernels take them.
-class FusionMatrices {
- public:
-  explicit FusionMatrices(const std::vector<MatrixArg>& values) : dtype_(dtype(std::get<2>(values.at(0)))) {
-    for (const auto& [address, ld, code] : values) {
-      if (dtype(code) != dtype_) throw std::invalid_argument("the adapters' values must be of one dtype");
-      data_.push_back(pointer<void>(address));
-      ld_.push_back(ld);
-    }
-  }
-  FusionValues values() const { return {data_.data(), ld_.data(), static_cast<int64_t>(data_.size()), dtype_}; }
-
- private:
-  Dtype dtype_;
-  std::vector<const void*> data_;
-  std::vector<int64_t> ld_;
-};
-
-using DenseArg = std::optional<MatrixArg>;
 
 // Calls f with the weight that exactly one of the two arguments gives.
 template <class F>
@@ -268,30 +197,6 @@ void bind_lora(py::module_& m) {
   });
 }
 
-void bind_adapters(py::module_& m) {
-  m.def("bottleneck", [](const MatrixArg& x, int64_t rows, const AdaptersArg& adapters, const MatrixArg& addend,
-                         const DropoutArg& drop, const MatrixArg& y, const MatrixArg& z) {
-    const auto run = built(kernels().bottleneck, "bottleneck");
-    const Adapters all = adapters_of(adapters);
-    const Matrix in = matrix(x), added = matrix(addend);
-    const MutMatrix out = mut_matrix(y), kept = mut_matrix(z);
-    py::gil_scoped_release no_gil;
-    run(in, rows, all, added, dropout_of(drop), out, kept);
-  });
-  m.def("bottleneck_backward",
-        [](const MatrixArg& dy, const MatrixArg& x, const MatrixArg& z, int64_t rows, const AdaptersArg& adapters,
-           const MatrixArg& addend, const DropoutArg& drop, const MatrixArg& dx, const MatrixArg& d_down,
-           const MatrixArg& d_up, Address d_down_bias, Address d_up_bias) {
-          const auto run = built(kernels().bottleneck_backward, "bottleneck_backward");
-          const Adapters all = adapters_of(adapters);
-          const Matrix from = matrix(dy), in = matrix(x), kept = matrix(z), added = matrix(addend);
-          const AdapterGradients out = {mut_matrix(dx), mut_matrix(d_down), mut_matrix(d_up),
-                                        pointer<float>(d_down_bias), pointer<float>(d_up_bias)};
-          py::gil_scoped_release no_gil;
-          run(from, in, kept, rows, all, added, dropout_of(drop), out);
-        });
-}
-
 void bind_loss(py::module_& m) {
   m.def("cross_entropy", [](const MatrixArg& logits, int64_t rows, int64_t v, Address target, int64_t ignore_index,
                             float smoothing, Address loss, Address lse) {
@@ -313,43 +218,14 @@ void bind_loss(py::module_& m) {
         });
 }
 
-void bind_fusion(py::module_& m) {
-  m.def("fusion_attend",
-        [](const MatrixArg& g, int64_t rows, int64_t h, const std::vector<MatrixArg>& values, Address offset,
-           float temperature, const DropoutArg& dropout, const MatrixArg& ctx, Address p) {
-          const auto run = built(kernels().fusion_attend, "fusion_attend");
-          const Matrix in = matrix(g);
-          const MutMatrix out = mut_matrix(ctx);
-          const FusionMatrices matrices(values);
-          py::gil_scoped_release no_gil;
-          run(in, rows, h, matrices.values(), pointer<float>(offset), temperature, dropout_of(dropout), out,
-              pointer<float>(p));
-        });
-  m.def("fusion_attend_backward",
-        [](const MatrixArg& dctx, const MatrixArg& g, int64_t rows, int64_t h, const std::vector<MatrixArg>& values,
-           Address p, float temperature, const DropoutArg& dropout, const MatrixArg& dg,
-           const std::vector<Address>& dvalues, Address doffset) {
-          const auto run = built(kernels().fusion_attend_backward, "fusion_attend_backward");
-          const Matrix upper = matrix(dctx), in = matrix(g);
-          const MutMatrix out = mut_matrix(dg);
-          const FusionMatrices matrices(values);
-          std::vector<void*> gradients;
-          for (const Address address : dvalues) gradients.push_back(pointer<void>(address));
-          py::gil_scoped_release no_gil;
-          run(upper, in, rows, h, matrices.values(), pointer<float>(p), temperature, dropout_of(dropout), out,
-              gradients.empty() ? nullptr : gradients.data(), pointer<float>(doffset));
-        });
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native kernels of fusetune; conventions at the head of csrc/bindings.cpp.";
+  m.doc() = "Native kernels of fusetune; conventions at the head of csrc/bindings.h and of the files that include it.";
   bind_runtime(m);
   bind_4bit(m);
   bind_linear(m);
   bind_lora(m);
   bind_adapters(m);
   bind_loss(m);
-  bind_fusion(m);
 }

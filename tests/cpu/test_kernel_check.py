@@ -36,7 +36,7 @@ def build(machine: str, compiler: str, flags: list[str]) -> Path:
     if driver.exists():
         return driver
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [job for job in rules["compile_jobs"]() if job[0].name != "bindings.cpp"]
+    jobs = [job for job in rules["compile_jobs"]() if not job[0].name.startswith("bindings")]
     jobs.append((Path(__file__).with_name("kernel_check.cpp"), "common", []))
 
     def compile_one(job: tuple[Path, str, list[str]]) -> str:
