@@ -17,6 +17,7 @@
 #include "convert.h"
 #include "dropout.h"
 #include "isa_kernels.h"
+#include "outer.h"
 #include "parallel.h"
 #include "workspace.h"
 
@@ -97,38 +98,16 @@ constexpr int kTile = 4;  // 16 registers
 constexpr int kTile = 8;
 #endif
 
-// An operand that is read element by element, and one that is read in vectors.
-struct Scalars {
-  const float* data;
-  int64_t stride, depth_stride;
-};
-struct Vectors {
-  const float* data;
-  int64_t depth_stride;
-};
-
 // c[i][vectors] (+)= sum over depth of scalars(i, depth) * vectors(depth)
 template <int count, int vectors>
-void outer_tile(const Scalars& a, const Vectors& b, int64_t depth, bool add_to, float* c, int64_t ldc) {
+void add_outer_tile(const Scalars& a, const Vectors& b, int64_t depth, bool add_to, float* c, int64_t ldc) {
   F acc[count][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < count; ++i) {
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) acc[i][v] = add_to ? load(c + i * ldc + v * kLanes) : zero();
   }
-  const float* scalars = a.data;
-  const float* row = b.data;
-  for (int64_t d = 0; d < depth; ++d, scalars += a.depth_stride, row += b.depth_stride) {
-    F bv[vectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) bv[v] = load(row + v * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < count; ++i) {
-      const F av = set1(scalars[i * a.stride]);
-#pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) acc[i][v] = fma(av, bv[v], acc[i][v]);
-    }
-  }
+  add_products(a, b, depth, acc, [] {});
 #pragma GCC unroll 8
   for (int i = 0; i < count; ++i) {
 #pragma GCC unroll 2
@@ -137,21 +116,21 @@ void outer_tile(const Scalars& a, const Vectors& b, int64_t depth, bool add_to, 
 }
 
 // c[count][width] (+)= scalars . vectors; width is a multiple of kLanes.
-void outer(const Scalars& a, int64_t count, const Vectors& b, int64_t width, int64_t depth, bool add_to, float* c,
-           int64_t ldc) {
+void add_outer(const Scalars& a, int64_t count, const Vectors& b, int64_t width, int64_t depth, bool add_to, float* c,
+               int64_t ldc) {
   for (int64_t j = 0; j < width; j += 2 * kLanes) {
     const bool two = j + 2 * kLanes <= width;
     const Vectors bj{b.data + j, b.depth_stride};
     int64_t i = 0;
     for (; i + kTile <= count; i += kTile) {
       const Scalars ai{a.data + i * a.stride, a.stride, a.depth_stride};
-      two ? outer_tile<kTile, 2>(ai, bj, depth, add_to, c + i * ldc + j, ldc)
-          : outer_tile<kTile, 1>(ai, bj, depth, add_to, c + i * ldc + j, ldc);
+      two ? add_outer_tile<kTile, 2>(ai, bj, depth, add_to, c + i * ldc + j, ldc)
+          : add_outer_tile<kTile, 1>(ai, bj, depth, add_to, c + i * ldc + j, ldc);
     }
     for (; i < count; ++i) {
       const Scalars ai{a.data + i * a.stride, a.stride, a.depth_stride};
-      two ? outer_tile<1, 2>(ai, bj, depth, add_to, c + i * ldc + j, ldc)
-          : outer_tile<1, 1>(ai, bj, depth, add_to, c + i * ldc + j, ldc);
+      two ? add_outer_tile<1, 2>(ai, bj, depth, add_to, c + i * ldc + j, ldc)
+          : add_outer_tile<1, 1>(ai, bj, depth, add_to, c + i * ldc + j, ldc);
     }
   }
 }
@@ -242,8 +221,8 @@ void lora_ds_db(const Matrix& dy, int64_t m, int64_t n, const float* lora_B, con
   for_buffers(dy, m, n, {}, [&](const float* buffer, int64_t row, int64_t rows, int64_t col, int64_t width) {
     float* const ds_part = ds_parts + (col / kTaskCols * m + row) * ld;
     float* const dB_part = dB_parts + (row / rows_of_task(m) * n + col) * ld;
-    outer({buffer, kCols, 1}, rows, {B + col * ld, ld}, ld, width, col % kTaskCols != 0, ds_part, ld);
-    outer({buffer, 1, kCols}, width, {scaled_s + row * ld, ld}, ld, rows, row % rows_of_task(m) != 0, dB_part, ld);
+    add_outer({buffer, kCols, 1}, rows, {B + col * ld, ld}, ld, width, col % kTaskCols != 0, ds_part, ld);
+    add_outer({buffer, 1, kCols}, width, {scaled_s + row * ld, ld}, ld, rows, row % rows_of_task(m) != 0, dB_part, ld);
   });
   add_parts(ds_parts, col_parts, m, ld, rank, scale, ds);
   add_parts(dB_parts, row_parts, n, ld, rank, 1.0f, dB);
@@ -255,8 +234,8 @@ void lora_da(const Matrix& x, int64_t m, int64_t k, const float* ds, int64_t ran
   float* const parts = direct ? dA : workspace(row_parts * rank * ld);
   for_buffers(x, m, k, dropout, [&](const float* buffer, int64_t row, int64_t rows, int64_t col, int64_t width) {
     float* const part = parts + row / rows_of_task(m) * rank * ld + col;
-    outer({ds + row * rank, 1, rank}, rank, {buffer, kCols}, whole_vectors(width), rows, row % rows_of_task(m) != 0,
-          part, ld);
+    add_outer({ds + row * rank, 1, rank}, rank, {buffer, kCols}, whole_vectors(width), rows,
+              row % rows_of_task(m) != 0, part, ld);
   });
   if (!direct) add_parts(parts, row_parts, rank, ld, k, 1.0f, dA);
 }

@@ -16,6 +16,27 @@ struct Vectors {
   const float* data;
   int64_t depth_stride;
 };
+
+// acc [count][vectors] += sum over depth of scalars(i, depth) * vectors(depth); calls before() at every step.
+template <int count, int vectors, class Function>
+FUSETUNE_INLINE void add_products(const Scalars& a, const Vectors& b, int64_t depth, F (&acc)[count][vectors],
+                                  const Function& before) {
+  const float* scalars = a.data;
+  const float* row = b.data;
+  for (int64_t d = 0; d < depth; ++d, scalars += a.depth_stride, row += b.depth_stride) {
+    before();
+    F bv[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) bv[v] = load(row + v * kLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < count; ++i) {
+      const F av = set1(scalars[i * a.stride]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) acc[i][v] = fma(av, bv[v], acc[i][v]);
+    }
+  }
+}
+
 // Memory that is going to be needed: up to two rectangles of `lines` cache lines a row, asked for one line at a time
 // while something else is multiplied, which leaves the load ports idle and the memory too.
 struct Region {
@@ -77,20 +98,7 @@ __attribute__((noinline)) static void outer_tile(const Scalars& a, const Vectors
     }
   }
   Ahead ahead = shared_ahead;
-  const float* scalars = a.data;
-  const float* row = b.data;
-  for (int64_t d = 0; d < depth; ++d, scalars += a.depth_stride, row += b.depth_stride) {
-    ahead.step();
-    F bv[vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) bv[v] = load(row + v * kLanes);
-#pragma GCC unroll 12
-    for (int i = 0; i < count; ++i) {
-      const F av = set1(scalars[i * a.stride]);
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) acc[i][v] = fma(av, bv[v], acc[i][v]);
-    }
-  }
+  add_products(a, b, depth, acc, [&]() __attribute__((always_inline)) { ahead.step(); });
   shared_ahead = ahead;
 #pragma GCC unroll 12
   for (int i = 0; i < count; ++i) {
