@@ -210,15 +210,16 @@ def bottleneck_backward(sizes: Sizes, arch: int) -> None:
 
 def attend(sizes: Sizes, arch: int, backward: bool = False) -> None:
     """n: how many adapters."""
-    from fusetune._triton import adapter_fusion
+    from fusetune._triton.adapter_fusion import launch_fusion_attend
+    from fusetune._triton.adapter_fusion_backward import launch_fusion_attend_backward
 
     m, n, h = sizes
     g, values = half(arch, m, h), [half(arch, n, m, h)]
     if not backward:
-        adapter_fusion.launch_fusion_attend(g, values, None, 1.0)
+        launch_fusion_attend(g, values, None, 1.0)
         return
     p = fp32(m, n)
-    adapter_fusion.launch_fusion_attend_backward(g, g, values, p, 1.0, need_dvalues=True)
+    launch_fusion_attend_backward(g, g, values, p, 1.0, need_dvalues=True)
 
 
 # --- CUDA -----------------------------------------------------------------------------------------

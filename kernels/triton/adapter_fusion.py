@@ -1,14 +1,11 @@
 """Attention over N adapters' outputs, row by row: scores, softmax and the weighted sum in one pass.
 
 Tiling: a program has ROWS rows with all of their columns in registers, and goes over the adapters
-one by one; the next one's rows are asked for before this one's are worked on. Forward the softmax
-is carried along: what is summed so far is rescaled whenever a score tops the largest before.
-Backward the sum that every score's gradient needs, D = sum_j p_j dp_j, is known only at the end. It
-enters linearly: dg = sum_i c_i p_i dp_i v_i - D sum_i c_i p_i v_i has both sums carried along, and
-dvalues does not need the values. dp is counted from the first adapter's: nothing large cancels.
+one by one; the next one's rows are asked for before this one's are worked on. The softmax is
+carried along: what is summed so far is rescaled whenever a score tops the largest before.
 
-Bytes, for values of o bytes an element: N M H o of values, M H of g and of ctx, 4 M N of p;
-backward the values, g, dctx and p once more, and as much written as gradients. Nothing twice.
+Bytes, for values of o bytes an element: N M H o of values, M H of g and of ctx, 4 M N of p. Nothing
+twice.
 """
 
 from __future__ import annotations
@@ -24,17 +21,17 @@ from fusetune._triton._tile import keep_mask, signed
 MOST_COLS = 8192  # of a row that a program holds in registers
 MOST_STACKS = 16  # tensors of values in one launch
 _EACH = 32  # elements of a tile that a thread holds: 16-bit ones forward, and all others
-_EACH_ELSE = 16
+EACH_ELSE = 16
 
 
 @triton.jit
-def _column(table, i, SLOTS: tl.constexpr):
+def column(table, i, SLOTS: tl.constexpr):
     """table[:, i], of [ROWS, SLOTS]."""
     return tl.sum(tl.where(tl.arange(0, SLOTS)[None, :] == i, table, 0.0), axis=1)
 
 
 @triton.jit
-def _factors(seed, row, N, threshold, factor, SLOTS: tl.constexpr):
+def dropout_factors(seed, row, N, threshold, factor, SLOTS: tl.constexpr):
     """What dropout multiplies the scores of these rows by: 0 or the factor."""
     kept = keep_mask(tl.load(seed), row, 0, N, threshold, SLOTS, False)
     return tl.where(kept, factor, 0.0)
@@ -75,7 +72,7 @@ def _attend(
         shift = tl.load(offset + row, mask=valid, other=0.0)
     factors = tl.zeros((ROWS, SLOTS), tl.float32)
     if DROPOUT:
-        factors = _factors(seed, row, N, threshold, factor, SLOTS)
+        factors = dropout_factors(seed, row, N, threshold, factor, SLOTS)
     scores = tl.full((ROWS, SLOTS), float("-inf"), tl.float32)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -90,7 +87,7 @@ def _attend(
             after = tl.load(at, mask=inside & (i + 1 < counts[s]), other=0.0)
             score = tl.sum(query * value, axis=1) + shift
             if DROPOUT:
-                score *= _column(factors, done + i, SLOTS)
+                score *= column(factors, done + i, SLOTS)
             score *= inverse
             scores = tl.where(slot[None, :] == done + i, score[:, None], scores)
             top = tl.maximum(largest, score)
@@ -106,101 +103,16 @@ def _attend(
     tl.store(ctx + row[:, None] * H + col[None, :], out, mask=inside)
 
 
-@triton.jit
-def _attend_backward(
-    dctx,
-    g,
-    values,
-    counts,
-    row_strides,
-    strides,
-    p,
-    seed,
-    dg,
-    dvalues,
-    doffset,
-    M,
-    H,
-    N,
-    stride_d,
-    stride_g,
-    inverse,
-    threshold,
-    factor,
-    NEED_DVALUES: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col, slot = tl.arange(0, COLS), tl.arange(0, SLOTS)
-    valid = row < M
-    inside = valid[:, None] & (col < H)[None, :]
-    upper = tl.load(dctx + row[:, None] * stride_d + col[None, :], mask=inside, other=0.0)
-    upper = upper.to(tl.float32)
-    weights = tl.load(
-        p + row[:, None] * N + slot[None, :],
-        mask=valid[:, None] & (slot < N)[None, :],
-        other=0.0,
-    )
-    scaled = weights * inverse  # c p
-    if DROPOUT:
-        scaled *= _factors(seed, row, N, threshold, factor, SLOTS)
-    first = tl.zeros((ROWS,), tl.float32)
-    mean = tl.zeros((ROWS,), tl.float32)
-    dots = tl.zeros((ROWS, SLOTS), tl.float32)
-    with_dots = tl.zeros((ROWS, COLS), tl.float32)
-    without = tl.zeros((ROWS, COLS), tl.float32)
-    done = 0
-    for s in tl.static_range(len(values)):
-        at = values[s] + row[:, None] * row_strides[s] + col[None, :]
-        after = tl.load(at, mask=inside, other=0.0)
-        for i in range(counts[s]):
-            value = after.to(tl.float32)
-            at += strides[s]
-            after = tl.load(at, mask=inside & (i + 1 < counts[s]), other=0.0)
-            dot = tl.sum(upper * value, axis=1)
-            first = tl.where(done + i == 0, dot, first)
-            dot -= first
-            dots = tl.where(slot[None, :] == done + i, dot[:, None], dots)
-            mean += _column(weights, done + i, SLOTS) * dot
-            part = _column(scaled, done + i, SLOTS)[:, None] * value
-            without += part
-            with_dots += part * dot[:, None]
-        done += counts[s]
-    dquery = (with_dots - mean[:, None] * without).to(dg.dtype.element_ty)
-    tl.store(dg + row[:, None] * H + col[None, :], dquery, mask=inside)
-    dscores = scaled * (dots - mean[:, None])
-    # Zeroed where they are zero: a product that is summed at once would be fused into the sum, and
-    # differently in each of the lanes that add it up.
-    dscores = tl.where((slot < N)[None, :], dscores, 0.0)
-    tl.store(doffset + row, tl.sum(dscores, axis=1), mask=valid)
-    if NEED_DVALUES:
-        query = tl.load(g + row[:, None] * stride_g + col[None, :], mask=inside, other=0.0)
-        query = query.to(tl.float32)
-        done = 0
-        for s in tl.static_range(len(values)):
-            at = dvalues[s] + row[:, None] * H + col[None, :]
-            for i in range(counts[s]):
-                weight = _column(weights, done + i, SLOTS)[:, None]
-                dscore = _column(dscores, done + i, SLOTS)[:, None]
-                out = (weight * upper + dscore * query).to(dvalues[s].dtype.element_ty)
-                tl.store(at, out, mask=inside)
-                at += tl.cast(M, tl.int64) * H
-            done += counts[s]
-
-
-def _tiles(h: int, each: int) -> tuple[int, int, int]:
+def tiles(h: int, each: int) -> tuple[int, int, int]:
     """(ROWS, COLS, warps): a warp has whole rows as long as they fit its registers.
 
-    A lane has two columns at least, see `dscores` for why.
+    A lane has two columns at least, see `dscores` of the backward pass for why.
     """
     cols = max(64, triton.next_power_of_2(h))
     return max(1, 32 * each // cols), cols, max(1, cols // (32 * each))
 
 
-def _described(
+def described(
     values: Sequence[torch.Tensor],
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """(stacks, adapters, strides of rows, strides of adapters) as the kernels take them."""
@@ -236,10 +148,10 @@ def launch_fusion_attend(
     if m == 0:
         return ctx, p
     narrow = values[0].element_size() == 2
-    rows, cols, warps = _tiles(h, _EACH if narrow else _EACH_ELSE)
+    rows, cols, warps = tiles(h, _EACH if narrow else EACH_ELSE)
     _attend[(triton.cdiv(m, rows),)](
         g,
-        *_described(values),
+        *described(values),
         p if offset is None else offset,
         p if seed is None else seed,
         ctx,
@@ -260,58 +172,3 @@ def launch_fusion_attend(
         enable_fp_fusion=True,
     )
     return ctx, p
-
-
-def launch_fusion_attend_backward(
-    dctx: torch.Tensor,
-    g: torch.Tensor,
-    values: Sequence[torch.Tensor],
-    p: torch.Tensor,
-    temperature: float,
-    need_dvalues: bool,
-    seed: torch.Tensor | None = None,
-    threshold: int = 0,
-    factor: float = 1.0,
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """(dg like g, dvalues like values or empty, doffset fp32 [M]); arguments as they went forward.
-
-    dctx: [M, H], rows contiguous; p: what came out, contiguous.
-    """
-    (m, h), n = g.shape, p.shape[1]
-    dg = torch.empty(m, h, dtype=g.dtype, device=g.device)
-    doffset = torch.empty(m, dtype=torch.float32, device=g.device)
-    stacks, *shapes = _described(values)
-    dstacks = [torch.empty(part.shape, dtype=part.dtype, device=g.device) for part in stacks]
-    rows, cols, warps = _tiles(h, _EACH_ELSE)
-    if m:
-        _attend_backward[(triton.cdiv(m, rows),)](
-            dctx,
-            g,
-            stacks,
-            *shapes,
-            p,
-            p if seed is None else seed,
-            dg,
-            tuple(dstacks) if need_dvalues else stacks,
-            doffset,
-            m,
-            h,
-            n,
-            dctx.stride(0),
-            g.stride(0),
-            1 / temperature,
-            signed(threshold),
-            factor,
-            NEED_DVALUES=need_dvalues,
-            DROPOUT=seed is not None,
-            ROWS=rows,
-            COLS=cols,
-            SLOTS=max(4, triton.next_power_of_2(n)),
-            num_warps=warps,
-            enable_fp_fusion=True,
-        )
-    if not need_dvalues:
-        return dg, [], doffset
-    if len(dstacks) < len(values):
-        return dg, list(dstacks[0].split([part.shape[0] for part in values])), doffset
-    return dg, dstacks, doffset

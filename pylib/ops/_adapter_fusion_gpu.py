@@ -44,7 +44,8 @@ def _backward(
     seed: Tensor | None,
     need_dvalues: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    from fusetune._triton.adapter_fusion import MOST_COLS, launch_fusion_attend_backward
+    from fusetune._triton.adapter_fusion import MOST_COLS
+    from fusetune._triton.adapter_fusion_backward import launch_fusion_attend_backward
 
     if g.shape[1] > MOST_COLS:
         return reference.fusion_attend_backward(
