@@ -5,12 +5,11 @@
 Tiling: a program has a range of rows, all of one adapter, and one of COLUMNS parts of H. First it
 makes f(z) and dZ of its rows, ROWS at a time, from all of dY, and leaves them in memory of its own.
 Then it goes over its columns, COLS at a time: their share of dW_u and dW_d stays in registers while
-it goes over the rows again, and each tile gives dX. Shares of row ranges are added in their order
-by a second launch: no atomics, always the same result.
+it goes over the rows again, and each tile gives dX. bottleneck_sums adds the row ranges' shares.
 
 Bytes, for dY of o bytes an element: 3 M H o of dY, x and dX, 2 M d o of z and dZ and, with P row
-ranges, 16 P d H of the shares, written and read; from the cache, COLUMNS more reads of dY, as many
-of f(z) and dZ as there are tiles of columns, and the weights for every block of rows.
+ranges, 8 P d H of the shares, written; from the cache, COLUMNS more reads of dY, as many of f(z)
+and dZ as there are tiles of columns, and the weights for every block of rows.
 """
 
 from __future__ import annotations
@@ -25,8 +24,14 @@ import triton.language as tl
 from fusetune._triton._activation import activate, slope
 from fusetune._triton._tile import PROGRAMS, dot_wide, keep_mask, rank_block, signed, terms
 from fusetune._triton.bottleneck import blocks_table, matrix_tile, rows_of
+from fusetune._triton.bottleneck_sums import (
+    Gradients,
+    empty_gradients,
+    places_of,
+    ranges_of,
+    sum_shares,
+)
 
-_SUM_BLOCK = 512
 _LONGEST = 512  # rows of a range, as long as there are few ranges
 _FEW_RANGES = 32
 
@@ -162,49 +167,6 @@ def _backward(
             tl.store(shares + up_bias_at + col, up_bias * factor, mask=col_valid)
 
 
-@triton.jit
-def _sum_shares(
-    shares,
-    ranges,
-    count,
-    d_down,
-    d_up,
-    d_up_bias,
-    d_down_bias,
-    H,
-    d,
-    up_at,
-    up_bias_at,
-    down_bias_at,
-    size,
-    GROUPED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The shares of every group's ranges, added in their order: four gradients after another."""
-    group, begin = tl.program_id(1).to(tl.int64), 0
-    if GROUPED:
-        begin, count = tl.load(ranges + group), tl.load(ranges + group + 1)
-    start = tl.program_id(0) * BLOCK
-    i = start + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(begin, count):
-        total += tl.load(shares + tl.cast(part, tl.int64) * size + i)
-    if start < up_at:
-        n = d * H
-        out = d_down + group * n + i
-        tl.store(out, total.to(d_down.dtype.element_ty), mask=i < n)
-    elif start < up_bias_at:
-        n, i = d * H, i - up_at
-        out = d_up + group * n + i
-        tl.store(out, total.to(d_up.dtype.element_ty), mask=i < n)
-    elif start < down_bias_at:
-        i -= up_bias_at
-        tl.store(d_up_bias + group * H + i, total, mask=i < H)
-    else:
-        i -= down_bias_at
-        tl.store(d_down_bias + group * d + i, total, mask=i < d)
-
-
 class Plan(NamedTuple):
     """How the work is cut; `plan` makes it."""
 
@@ -216,14 +178,12 @@ class Plan(NamedTuple):
     columns: int  # parts of H
 
 
-def plan(m: int, h: int, x: torch.dtype, ranks: int, n_terms: int, quads: bool | None) -> Plan:
+def plan(m: int, h: int, x: torch.dtype, ranks: int, n_terms: int) -> Plan:
     """Few ranges of rows, as each has a share of all parameters' gradients; and PROGRAMS in all.
 
     Where a product takes several terms there are more ranges: every part of H makes all of dZ.
-
-    quads: of a dropout, whether one counter serves four elements.
     """
-    rows, cols, warps, stages = _tiles(x, ranks, n_terms, quads)
+    rows, cols, warps, stages = _tiles(x, ranks, n_terms)
     ranges = _FEW_RANGES if n_terms == 1 else 2 * _FEW_RANGES
     while ranges < PROGRAMS and m > ranges * _LONGEST:
         ranges *= 2
@@ -232,23 +192,13 @@ def plan(m: int, h: int, x: torch.dtype, ranks: int, n_terms: int, quads: bool |
     return Plan(rows, cols, warps, stages, rows_each, columns)
 
 
-def _tiles(
-    x: torch.dtype, ranks: int, n_terms: int, quads: bool | None
-) -> tuple[int, int, int, int]:
+def _tiles(x: torch.dtype, ranks: int, n_terms: int) -> tuple[int, int, int, int]:
     """(ROWS, COLS, warps, stages)"""
     if x == torch.float32:
         return 16, 32 if ranks <= 64 else 16, 8, 2
     if ranks <= 64:
         return (32, 64, 8, 2) if n_terms == 1 else (16, 64, 8, 2)
     return 16, 32, 8, 2
-
-
-class Gradients(NamedTuple):
-    dx: torch.Tensor | None
-    down_weight: torch.Tensor | None
-    down_bias: torch.Tensor | None
-    up_weight: torch.Tensor | None
-    up_bias: torch.Tensor | None
 
 
 def launch_bottleneck_backward(
@@ -272,25 +222,12 @@ def launch_bottleneck_backward(
 
     dy: [M, H] like x, rows contiguous; the others as they went forward, z as it came out.
     """
-    (m, h), (g, d) = x.shape, down_weight.shape[:2]
-    new, device = torch.empty if m else torch.zeros, x.device
-    grads = Gradients(
-        new(m, h, dtype=x.dtype, device=device) if need_dx else None,
-        *(
-            new(shape, dtype=dtype, device=device) if need_parameters else None
-            for shape, dtype in (
-                (down_weight.shape, down_weight.dtype),
-                ((g, d), torch.float32),
-                (up_weight.shape, up_weight.dtype),
-                ((g, h), torch.float32),
-            )
-        ),
-    )
+    (m, h), (g, d), device = x.shape, down_weight.shape[:2], x.device
+    grads = empty_gradients(x, down_weight, up_weight, need_dx, need_parameters)
     if m == 0 or not (need_dx or need_parameters):
         return grads
     n_terms, block = terms(down_weight, x.dtype, arch), rank_block(d)
-    quads = None if seed is None else h % 4 == 0
-    cut = plan(m, h, x.dtype, block, n_terms, quads)
+    cut = plan(m, h, x.dtype, block, n_terms)
     table = blocks_table(tuple(rows), cut.rows_each, device) if g > 1 else None
     ranges = triton.cdiv(m, cut.rows_each) if table is None else len(table)
     narrow = x.dtype if n_terms == 1 else torch.float32  # dW_d has its weight's precision
@@ -298,11 +235,7 @@ def launch_bottleneck_backward(
         torch.empty(cut.columns, m, block, dtype=dtype, device=device)
         for dtype in (x.dtype, narrow)
     )
-    weight_size, bias_size, narrow_size = (
-        _SUM_BLOCK * triton.cdiv(n, _SUM_BLOCK) for n in (d * h, h, d)
-    )
-    places = (weight_size, 2 * weight_size, 2 * weight_size + bias_size)
-    size = places[2] + narrow_size
+    places, size = places_of(h, d)
     shares = dz
     if need_parameters:
         shares = torch.empty(ranges, size, dtype=torch.float32, device=device)
@@ -335,7 +268,7 @@ def launch_bottleneck_backward(
         NEED_DX=need_dx,
         NEED_PARAMETERS=need_parameters,
         DROPOUT=seed is not None,
-        ALIGNED=bool(quads),
+        ALIGNED=seed is not None and h % 4 == 0,
         TERMS=n_terms,
         ROWS=cut.rows,
         COLS=cut.cols,
@@ -345,26 +278,6 @@ def launch_bottleneck_backward(
         num_stages=cut.stages,
     )
     if need_parameters:
-        _sum_shares[(size // _SUM_BLOCK, g)](
-            shares,
-            z if table is None else _ranges_of(tuple(rows), cut.rows_each, device),
-            ranges,
-            grads.down_weight,
-            grads.up_weight,
-            grads.up_bias,
-            grads.down_bias,
-            h,
-            d,
-            *places,
-            size,
-            GROUPED=table is not None,
-            BLOCK=_SUM_BLOCK,
-            num_warps=4,
-        )
+        table = None if table is None else ranges_of(tuple(rows), cut.rows_each, device)
+        sum_shares(shares, table, grads)
     return grads
-
-
-def _ranges_of(rows: tuple[int, ...], size: int, device: torch.device) -> torch.Tensor:
-    """int64 [G + 1]: where the ranges of each group begin among all."""
-    counts = torch.tensor([0, *(triton.cdiv(n, size) for n in rows)], dtype=torch.int64)
-    return counts.cumsum(0).to(device)
