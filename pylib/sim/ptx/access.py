@@ -37,6 +37,21 @@ HOST = np.asarray(_AddressSpace())
 _WHOLE = {n: np.dtype(f"u{n}") for n in (1, 2, 4, 8)} | {16: np.dtype("c16")}
 
 
+def offsets_in_window(
+    m: Machine, address: Array, size: int, limit: int
+) -> tuple[Array, int | None]:
+    """Offsets of accesses of `size` bytes to a window of which `limit` bytes are there.
+
+    Those of absent threads are replaced by a valid one. The second is the first thread whose access
+    is misaligned or out of bounds, if any.
+    """
+    offset = address & (WINDOW_SIZE - 1)
+    if m.mask is not None:
+        offset = np.where(m.mask, offset, offset[m.mask.argmax()])
+    wrong = (offset & (size - 1)).astype(np.bool_) | (offset + size > limit)
+    return offset, int(wrong.argmax()) if wrong.any() else None
+
+
 def gather(memory: Array, at: Array, dtype: np.dtype[Any], count: int) -> list[Array]:
     """`count` elements of each thread, from byte offsets `at` [threads] that are aligned."""
     size = dtype.itemsize * count

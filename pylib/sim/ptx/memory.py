@@ -18,8 +18,8 @@ from fusetune.sim.ptx.access import (
     LOCAL_WINDOW,
     PAGE,
     SHARED_WINDOW,
-    WINDOW_SIZE,
     gather,
+    offsets_in_window,
     require_agreement,
     scatter,
 )
@@ -164,12 +164,8 @@ class LocalMemory:
         raise SimError("an atomic on local memory")
 
     def _checked(self, m: Machine, address: Array, size: int, what: str) -> Array:
-        address = address & (WINDOW_SIZE - 1)
-        if m.mask is not None:
-            address = np.where(m.mask, address, address[m.mask.argmax()])
-        wrong = (address & (size - 1)).astype(np.bool_) | (address + size > self.size)
-        if wrong.any():
-            lane = int(wrong.argmax())
+        address, lane = offsets_in_window(m, address, size, self.size)
+        if lane is not None:
             raise Fault(
                 OutOfBounds,
                 f"local {what} of {size} bytes at {int(address[lane])} of {self.size}",

@@ -8,7 +8,13 @@ import numpy as np
 
 from fusetune.sim.errors import OutOfBounds, Race, Uninitialised
 from fusetune.sim.ptx import traffic
-from fusetune.sim.ptx.access import WINDOW_SIZE, gather, held, require_agreement, scatter
+from fusetune.sim.ptx.access import (
+    gather,
+    held,
+    offsets_in_window,
+    require_agreement,
+    scatter,
+)
 from fusetune.sim.ptx.fault import Fault
 from fusetune.sim.ptx.types import Array, Value
 
@@ -189,12 +195,8 @@ class SharedMemory:
 
     def _checked(self, m: Machine, address: Array, size: int, what: str) -> Array:
         """Offsets in the batch's memory; those of absent threads replaced by a valid one."""
-        address = address & (WINDOW_SIZE - 1)
-        if m.mask is not None:
-            address = np.where(m.mask, address, address[m.mask.argmax()])
-        wrong = (address & (size - 1)).astype(np.bool_) | (address + size > self.size)
-        if wrong.any():
-            lane = int(wrong.argmax())
+        address, lane = offsets_in_window(m, address, size, self.size)
+        if lane is not None:
             offset = int(address[lane])
             problem = "misaligned" if offset % size else "out of bounds"
             raise Fault(
