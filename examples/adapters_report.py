@@ -7,7 +7,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-GREY, BLUE, RED, INK = "#9aa5b1", "#0b6e99", "#d64545", "#1f2933"
+from fusetune.demo.plot import FUSED, STOCK, STYLE
+
+GREY, BLUE, RED = STOCK, FUSED, "#d64545"
 
 
 def tables(report: dict[str, Any]) -> str:
@@ -79,21 +81,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style: Any = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.titlesize": 11,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-    }
     drawers = {"methods": _draw_methods, "fusion": _draw_fusion, "madx": _draw_madx}
     names = [name for name in drawers if name in report]
     if not names:
         return
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, len(names), figsize=(4.6 * len(names), 3.9), layout="constrained", squeeze=False
         )

@@ -6,6 +6,16 @@ from pathlib import Path
 from typing import Any
 
 STOCK, FUSED, INK = "#9aa5b1", "#0b6e99", "#1f2933"
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+}
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -15,17 +25,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style: Any = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.titlesize": 11,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, (loss, equal, speed, memory) = plt.subplots(
             1, 4, figsize=(13.5, 3.9), width_ratios=[2.2, 1.5, 1, 1.25], layout="constrained"
         )
