@@ -23,6 +23,7 @@ from fusetune.ops.dora_norm import dora_norm
 from fusetune.ops.linear_4bit import linear_4bit
 from fusetune.ops.lora_linear import lora_linear
 from fusetune.ops.merge_lora import merge_lora
+from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 from fusetune.ops.quantize_4bit import quantize_4bit
 
 __all__ = [
@@ -36,9 +37,12 @@ __all__ = [
     "dequantize_4bit",
     "dora_linear",
     "dora_norm",
+    "extend_labels",
+    "extend_mask",
     "linear_4bit",
     "lora_linear",
     "merge_lora",
+    "prompt_embed",
     "quantize_4bit",
     "set_backend",
     "set_decode_int16",
