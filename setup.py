@@ -205,7 +205,12 @@ setup(
     package_data={"fusetune": ["py.typed"], "fusetune.sim": ["cudart.cpp"]},
     ext_modules=[
         Extension(
-            "fusetune._C", ["csrc/bindings.cpp", "csrc/bindings_adapters.cpp"], language="c++"
+            "fusetune._C",
+            [
+                "csrc/bindings.cpp",
+                *(f"csrc/bindings_{part}.cpp" for part in ("adapters", "prefix", "prompts")),
+            ],
+            language="c++",
         ),
         *([Extension("fusetune._cuda", ["csrc/bindings_cuda.cpp"])] if find_nvcc() else []),
     ],

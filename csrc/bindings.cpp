@@ -77,6 +77,11 @@ bool has(const std::string& name) {
   if (name == "cross_entropy_backward") return k.cross_entropy_backward;
   if (name == "fusion_attend") return k.fusion_attend;
   if (name == "fusion_attend_backward") return k.fusion_attend_backward;
+  if (name == "prompt_embed") return k.prompt_embed;
+  if (name == "prompt_embed_dprompt") return k.prompt_embed_dprompt;
+  if (name == "prompt_embed_dweight") return k.prompt_embed_dweight;
+  if (name == "prefix_attend") return k.prefix_attend;
+  if (name == "prefix_attend_backward") return k.prefix_attend_backward;
   if (name == "dropout") return k.dropout;
   if (name == "fma_peak") return k.fma_peak;
   throw std::invalid_argument("no kernel is called " + name);
@@ -227,5 +232,7 @@ PYBIND11_MODULE(_C, m) {
   bind_linear(m);
   bind_lora(m);
   bind_adapters(m);
+  bind_prefix(m);
+  bind_prompts(m);
   bind_loss(m);
 }

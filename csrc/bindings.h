@@ -52,5 +52,9 @@ F built(F kernel, const char* name) {
 
 // Adds the kernels of bottleneck adapters and of AdapterFusion.
 void bind_adapters(pybind11::module_& m);
+// Adds those of attention to a prefix.
+void bind_prefix(pybind11::module_& m);
+// Adds the kernels of prompts.
+void bind_prompts(pybind11::module_& m);
 
 }  // namespace fusetune

@@ -32,6 +32,11 @@ Function<decltype(Kernels::cross_entropy)> cross_entropy;
 Function<decltype(Kernels::cross_entropy_backward)> cross_entropy_backward;
 Function<decltype(Kernels::fusion_attend)> fusion_attend;
 Function<decltype(Kernels::fusion_attend_backward)> fusion_attend_backward;
+Function<decltype(Kernels::prompt_embed)> prompt_embed;
+Function<decltype(Kernels::prompt_embed_dprompt)> prompt_embed_dprompt;
+Function<decltype(Kernels::prompt_embed_dweight)> prompt_embed_dweight;
+Function<decltype(Kernels::prefix_attend)> prefix_attend;
+Function<decltype(Kernels::prefix_attend_backward)> prefix_attend_backward;
 Function<decltype(Kernels::dropout)> dropout;
 Function<decltype(Kernels::fma_peak)> fma_peak;
 

@@ -88,6 +88,55 @@ struct AdapterGradients {
   float *down_bias, *up_bias;
 };
 
+// Where prompts lie in the sequences of `batch` rows, each of `length` vectors of a prompt and `tokens` tokens. slots:
+// their places, strictly ascending, those of a row `slots_ld` after the last row's (0: all rows' alike); null: in
+// front. rows [batch]: which of the `groups` prompts a row has, -1 none; null: the first.
+struct PromptLayout {
+  int64_t batch, tokens, length, groups;
+  const int64_t* slots;
+  int64_t slots_ld;
+  const int64_t* rows;
+};
+
+// Vectors of D elements without gaps, for each batch row, head and token, at these distances in elements.
+struct Heads {
+  void* data;
+  int64_t batch, head, token;
+  Dtype dtype;
+};
+
+// The log-sum-exp of an attention, at such distances. An infinity: nothing is attended to.
+struct BaseLse {
+  const float* data;
+  int64_t batch, head, token;
+};
+
+// Attention of query [B, Hq, T, D] to a prefix of P keys and values, one of G: [G, P, Hkv, D], whose first dimension is
+// the batch and whose second one the tokens of `key` and `value`. bias, or null: fp32, without gaps along P. rows [B]:
+// the prefix of each batch row, -1 none; null: the first. lengths [G]: how many keys a prefix has; null: P. window > 0:
+// key j of n is seen by query i where n + position + i - j < window. The dropout's matrix is [2 B, P Hkv D], keys and
+// then values, for each batch row by itself.
+struct Prefix {
+  int64_t batch, heads, kv_heads, tokens, dim, groups, count;
+  Heads query, key, value;
+  const float* bias;
+  int64_t bias_batch, bias_head, bias_token;
+  const int64_t *rows, *lengths;
+  float scale;
+  int64_t window, position;
+  Dropout dropout;
+};
+
+// From dout, and out and lse [B, Hq, T] of the merged attention: dquery, added to what it holds where `add`; dkey and
+// dvalue [G, P, Hkv, D]. Null where not needed.
+struct PrefixGradients {
+  Heads dout, out;
+  const float* lse;
+  Heads dquery;
+  bool add;
+  float *dkey, *dvalue;
+};
+
 struct Kernels {
   const char* isa;
   int lanes;  // fp32 lanes of a vector
@@ -141,6 +190,21 @@ struct Kernels {
   void (*fusion_attend_backward)(const Matrix& dctx, const Matrix& g, int64_t m, int64_t h, const FusionValues& values,
                                  const float* p, float temperature, const Dropout& dropout, const MutMatrix& dg,
                                  void* const* dvalues, float* doffset);
+  // out [batch * (length + tokens), H], in weight's dtype: rows of weight [V, H] by input_ids [batch * tokens], times
+  // `scale`, and of prompt [groups * length, H]. Returns the first id outside [0, V), before anything is written, or -1.
+  int64_t (*prompt_embed)(const int64_t* input_ids, const PromptLayout& layout, const Matrix& weight,
+                          int64_t vocabulary, int64_t h, const Matrix& prompt, float scale, const MutMatrix& out);
+  // dprompt [groups * length, H] from dout, like out.
+  void (*prompt_embed_dprompt)(const Matrix& dout, const PromptLayout& layout, int64_t h, float* dprompt);
+  // dweight [V, H], in dout's dtype. ids [batch * tokens] is ascending, and `order` says which token each one is.
+  // padding_idx: a row that stays zero, or -1.
+  void (*prompt_embed_dweight)(const Matrix& dout, const PromptLayout& layout, int64_t h, const int64_t* ids,
+                               const int64_t* order, int64_t vocabulary, float scale, int64_t padding_idx,
+                               const MutMatrix& dweight);
+  // Merges attention to a prefix into out [B, Hq, T, D], in query's dtype, which holds another attention's result, and
+  // its log-sum-exp into lse [B, Hq, T]. Where nothing is attended to out is 0 and lse infinite.
+  void (*prefix_attend)(const Prefix& prefix, const Heads& out, const BaseLse& base_lse, float* lse);
+  void (*prefix_attend_backward)(const Prefix& prefix, const PrefixGradients& given);
   // out [M, K] = x [M, K] with the dropout of `dropout` applied (for tests).
   void (*dropout)(const Matrix& x, int64_t m, int64_t k, const Dropout& dropout, const MutMatrix& out);
   // fp32 FMA peak of the calling core in GF/s, measured for about `seconds`: what benchmarks divide by.

@@ -29,6 +29,11 @@ const Kernels table = {
     /*cross_entropy_backward=*/cross_entropy_backward,
     /*fusion_attend=*/fusion_attend,
     /*fusion_attend_backward=*/fusion_attend_backward,
+    /*prompt_embed=*/prompt_embed,
+    /*prompt_embed_dprompt=*/prompt_embed_dprompt,
+    /*prompt_embed_dweight=*/prompt_embed_dweight,
+    /*prefix_attend=*/prefix_attend,
+    /*prefix_attend_backward=*/prefix_attend_backward,
     /*dropout=*/dropout,
     /*fma_peak=*/fma_peak,
 };

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from fusetune.ops._prompt_embed_cpu import CPU_DPROMPT, CPU_DWEIGHT, CPU_FORWARD, not_a_token
 from fusetune.ops._prompt_embed_gpu import GPU_DPROMPT, GPU_DWEIGHT, GPU_FORWARD
 from fusetune.ops._registry import LIB, Impl, Op, plain
 from fusetune.ops._weight import as_rows
@@ -56,29 +57,26 @@ def _reference_forward(
     if input_ids.device.type == "cpu":
         bad = ((input_ids < 0) | (input_ids >= len(weight))).flatten().nonzero()
         if len(bad):
-            raise _not_a_token(input_ids, int(bad[0]), len(weight))
+            raise not_a_token(input_ids, int(bad[0]), len(weight))
     return reference.prompt_embed(input_ids, weight, prompt, slots, rows, scale)
-
-
-def _not_a_token(input_ids: Tensor, at: int, vocabulary: int) -> ValueError:
-    row, column = divmod(at, input_ids.shape[1])
-    found = int(input_ids[row, column])
-    return ValueError(f"input_ids[{row}, {column}] is {found}, not in [0, {vocabulary})")
 
 
 OP = Op(
     "prompt_embed",
     *GPU_FORWARD,
+    CPU_FORWARD,
     Impl("reference", _reference_forward, lambda case: None, 0),
 )
 OP_DPROMPT = Op(
     "prompt_embed_dprompt",
     *GPU_DPROMPT,
+    CPU_DPROMPT,
     Impl("reference", reference.prompt_embed_dprompt, lambda case: None, 0),
 )
 OP_DWEIGHT = Op(
     "prompt_embed_dweight",
     *GPU_DWEIGHT,
+    CPU_DWEIGHT,
     Impl("reference", reference.prompt_embed_dweight, lambda case: None, 0),
 )
 

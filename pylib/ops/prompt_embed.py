@@ -117,8 +117,8 @@ def _check_tensors(input_ids: Tensor, weight: Tensor, prompt: Tensor) -> None:
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must have shape [B, T], got {list(input_ids.shape)}")
     _check.check_float("weight", weight)
-    if weight.dim() != 2:
-        raise ValueError(f"weight must have shape [V, H], got {list(weight.shape)}")
+    if weight.dim() != 2 or not weight.shape[1]:
+        raise ValueError(f"weight must have shape [V, H] with H > 0, got {list(weight.shape)}")
     _check.check_float("prompt", prompt)
     h = weight.shape[1]
     if prompt.dim() not in (2, 3) or prompt.shape[-1] != h:
