@@ -24,6 +24,13 @@ _LAYERS = {
     "peft": ("peft",),
     "bitsandbytes": ("bitsandbytes",),
     "peft_bnb": ("peft", "bitsandbytes"),
+    "peft_prompts": ("peft",),
+}
+# Methods that may lie in a module's instance -> the one of its class that they then are.
+_BOUND = {
+    "forward": "forward",
+    "_old_forward": "forward",
+    "prepare_inputs_for_generation": "prepare_inputs_for_generation",
 }
 
 
@@ -31,8 +38,9 @@ def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
     """Fuses what can be fused of a model, in place, and reports on every layer concerned.
 
     Covers PEFT's LoRA on dense and on bitsandbytes' 4-bit linear layers, 4-bit layers without an
-    adapter, and, with `loss`, transformers' language-model losses. Call it once the adapters are in
-    place; another call covers what was added since and changes nothing else.
+    adapter, PEFT's prefix tuning, and, with `loss`, transformers' language-model losses. Call it
+    once the adapters are in place; another call covers what was added since and changes nothing
+    else.
 
     A 4-bit weight that bitsandbytes has repacked for its CPU kernel gets its plain layout back.
     What a layer cannot do exactly runs its library's own code, and the report says why. Raises
@@ -44,8 +52,8 @@ def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
         restorable = {kind for kind in swaps.values() if hasattr(kind, "restore_layout")}
         transformers = _transformers()
         for module in model.modules():
-            target = swaps.get(type(module))
-            if target is not None and "forward" not in module.__dict__:
+            target = _target(module, swaps)
+            if target is not None and not _has_own_forward(module):
                 _set_class(module, target)
             if type(module) in restorable:
                 restored: Any = module
@@ -115,13 +123,33 @@ def _check(model: object) -> None:
 
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    # accelerate keeps the forward it wraps in the instance, bound to the class of that moment.
-    for name in ("forward", "_old_forward"):
-        if getattr(module.__dict__.get(name), "__func__", None) is type(module).forward:
-            module.__dict__[name] = types.MethodType(kind.forward, module)
+    before_unfuse = getattr(type(module), "before_unfuse", None)
+    if before_unfuse is not None:
+        before_unfuse(module)
+    # accelerate keeps the forward it wraps in the instance, bound to the class of that moment, and
+    # PEFT's disable_adapter leaves the methods there that it put back.
+    for name, method in _BOUND.items():
+        function = getattr(module.__dict__.get(name), "__func__", None)
+        if function is not None and function is getattr(type(module), method, None):
+            module.__dict__[name] = types.MethodType(getattr(kind, method), module)
     for name in [key for key in module.__dict__ if key.startswith("_fusetune")]:
         del module.__dict__[name]
     module.__class__ = kind
+    after_fuse = getattr(kind, "after_fuse", None)
+    if after_fuse is not None:
+        after_fuse(module)
+
+
+def _target(module: nn.Module, swaps: dict[type[nn.Module], type[Any]]) -> type[Any] | None:
+    """The fused class of a stock module; None for a module of another kind."""
+    kind = swaps.get(type(module))
+    accepts = getattr(kind, "accepts", None)
+    return None if accepts is not None and not accepts(module) else kind
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    own = module.__dict__.get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _swaps() -> dict[type[nn.Module], type[Any]]:
@@ -193,9 +221,9 @@ def _row(name: str, module: Any, fused_classes: set[type[Any]]) -> Row | None:
         return Row(
             name, getattr(module, "present_method", kind.method), module.fused_carrier()[0], reason
         )
-    fused_class = _swaps().get(kind)
+    fused_class = _target(module, _swaps())
     if fused_class is not None:
-        own = "forward" in module.__dict__
+        own = _has_own_forward(module)
         reason = "it has a forward of its own" if own else "not fused: call fuse()"
         return Row(name, fused_class.method, "-", reason)
     if "peft" not in sys.modules:

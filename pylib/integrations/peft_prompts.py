@@ -1,0 +1,249 @@
+"""Fused forward of PEFT's prompt learning, by class swap of the `PeftModel` itself.
+
+Prefix tuning: PEFT's own forward runs, but the prompt it asks for is not made into a cache; the
+attention of the base model gets the prefix instead (nn/prefix_attention.py). Whatever cannot be
+done exactly runs PEFT's code, and `fused_reason` says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import peft
+import torch
+from peft import PeftType
+from peft.peft_model import _get_layer_kv_target_shape
+from peft.tuners.prefix_tuning import PrefixEncoder
+from torch import nn
+
+from fusetune.integrations._guards import carrier
+from fusetune.nn import prefix_attention
+from fusetune.nn.prefix_attention import Prefix
+
+_ACTIVE = "_fusetune_prefix_columns"  # in the PeftModel: within a forward or generate of a prefix
+BASE = "__base__"  # in adapter_names: a row without adapter
+
+
+class FusedPrompts:
+    """What all fused `PeftModel`s share; the first base of each."""
+
+    stock_class: type[nn.Module]
+    method = "prefix tuning"
+
+    @classmethod
+    def accepts(cls, module: Any) -> bool:
+        """Whether a model of the stock class is one to fuse at all."""
+        return bool(module._is_prompt_learning) and _kind(module) == PeftType.PREFIX_TUNING
+
+    def after_fuse(self: Any) -> None:
+        """After the class was swapped in."""
+        if prefix_attention.unsupported(self.base_model) is None:
+            prefix_attention.attach(self.base_model)
+
+    def before_unfuse(self: Any) -> None:
+        """Before it is swapped out."""
+        prefix_attention.detach(self.base_model)
+
+    def forward(
+        self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """As the stock class; adapter_names: an adapter for each row, "__base__" for none."""
+        if self._adapters_disabled or self.fused_reason() is not None:
+            _refuse(self, adapter_names)
+            return super().forward(*args, **kwargs)
+        with _prefixed(self, adapter_names, columns=True):
+            return super().forward(*args, **kwargs)
+
+    def generate(
+        self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """As the stock class; adapter_names as in `forward`."""
+        if self._adapters_disabled or self.fused_reason() is not None:
+            _refuse(self, adapter_names)
+            return super().generate(*args, **kwargs)
+        with _prefixed(self, adapter_names, columns=False):
+            return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class; a prefix needs no preparation."""
+        if _ACTIVE not in self.__dict__:
+            return super().prepare_inputs_for_generation(*args, **kwargs)
+        kwargs.pop("task_ids", None)
+        return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+
+    def get_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class; no cache where the prefix goes to the attention."""
+        return None if _ACTIVE in self.__dict__ else super().get_prompt(*args, **kwargs)
+
+    def fused_reason(self: Any) -> str | None:
+        """Why the model, in its present state, runs PEFT's code; None where it is fused."""
+        if self._adapters_disabled:
+            return "adapters are disabled"
+        config = self.active_peft_config
+        if config.peft_type != PeftType.PREFIX_TUNING:
+            return f"{config.peft_type} is not fused"
+        reason = None
+        if not prefix_attention.attached(self.base_model):
+            reason = prefix_attention.unsupported(self.base_model)
+            reason = reason or "the attention function was changed since: call fuse() again"
+        return reason or _shape_reason(self, config)
+
+    def fused_carrier(self: Any) -> tuple[str, str | None]:
+        """(backend of the attention, None) for a query of the base model's dtype and device."""
+        weight = self.prompt_encoder[self.active_adapter].embedding.weight
+        dtype = self.base_model_torch_dtype or weight.dtype
+        return carrier("prefix_attend", weight.device.type, dtype, dtype)[0], None
+
+    @property
+    def present_method(self: Any) -> str:
+        return self.method  # type: ignore[no-any-return]
+
+
+def _kind(model: Any) -> Any:
+    return model.active_peft_config.peft_type
+
+
+def _refuse(model: Any, adapter_names: Sequence[str] | None) -> None:
+    if adapter_names is not None and not model._adapters_disabled:
+        raise ValueError(
+            f"adapter_names: this model runs PEFT's prefix tuning, which has one for all rows, "
+            f"because {model.fused_reason()}"
+        )
+
+
+def _shape_reason(model: Any, config: Any) -> str | None:
+    """Why a prefix does not go to the attention layers one by one, as PEFT would have it."""
+    base = model.base_model.config
+    if any(kind in base.model_type for kind in ("gemma2", "gemma3_text", "gemma4")):
+        text = base.get_text_config()
+        shapes = {_get_layer_kv_target_shape(text, layer) for layer in range(config.num_layers)}
+        own = (config.num_attention_heads, config.token_dim // config.num_attention_heads)
+        if getattr(text, "num_kv_shared_layers", 0) or not shapes <= {None, own}:
+            return "layers that share keys and values, or have different heads"
+    layers = prefix_attention.places(model.base_model)
+    submodules = config.num_transformer_submodules
+    place = "self" if submodules == 1 else "decoder"
+    if submodules not in (1, 2) or place not in layers:
+        return f"a prefix for {submodules} parts of the model"
+    if layers[place] != config.num_layers:
+        return f"a prefix of {config.num_layers} layers for a model of {layers[place]}"
+    return None
+
+
+@contextlib.contextmanager
+def _prefixed(model: Any, adapter_names: Sequence[str] | None, *, columns: bool) -> Iterator[None]:
+    """columns: whether PEFT widens the attention mask for the prefix, as its forward does."""
+    prefix = _prefix(model, adapter_names, columns)
+    model.__dict__[_ACTIVE] = True
+    try:
+        with prefix_attention.active(model.base_model, prefix):
+            yield
+    finally:
+        model.__dict__.pop(_ACTIVE, None)
+
+
+def _prefix(model: Any, adapter_names: Sequence[str] | None, columns: bool) -> Prefix:
+    """The prefix of the active adapter, or of those named."""
+    active = model.active_adapter
+    names = [active] if adapter_names is None else _named(model, adapter_names)
+    flat = [_flat(model, name) for name in names] or [_flat(model, active)]
+    lengths = tuple(len(rows) for rows in flat)
+    mask_columns = model.peft_config[active].num_virtual_tokens if columns else 0
+    config = model.peft_config[names[0] if names else active]
+    heads = (config.num_layers, 2, config.num_attention_heads, -1)
+    if adapter_names is None:
+        by_layer = flat[0].unflatten(1, heads).flatten(1, 2).unbind(1)
+        return Prefix(_layers(config, by_layer), lengths[0], mask_columns=mask_columns)
+    longest = max(lengths)
+    padded = [nn.functional.pad(rows, (0, 0, 0, longest - len(rows))) for rows in flat]
+    by_layer = torch.stack(padded).unflatten(2, heads).flatten(2, 3).unbind(2)
+    rows = [names.index(name) if name != BASE else -1 for name in adapter_names]
+    return Prefix(
+        _layers(config, by_layer),
+        longest,
+        rows=torch.tensor(rows, device=flat[0].device),
+        lengths=lengths,
+        mask_columns=mask_columns,
+    )
+
+
+def _named(model: Any, adapter_names: Sequence[str]) -> list[str]:
+    """The adapters among adapter_names, each once."""
+    names = list(dict.fromkeys(name for name in adapter_names if name != BASE))
+    unknown = [name for name in names if name not in model.peft_config]
+    if unknown:
+        raise ValueError(f"adapter_names: {unknown[0]!r} is none of {[*model.peft_config, BASE]}")
+    return names
+
+
+def _flat(model: Any, name: str) -> torch.Tensor:
+    """An adapter's prefix [P, layers * 2 * token_dim], in the base model's dtype."""
+    encoder = model.prompt_encoder[name]
+    config = model.peft_config[name]
+    weight = encoder.embedding.weight
+    if config.inference_mode or _is_a_table(encoder):
+        flat: torch.Tensor = weight
+    else:
+        tokens = model.prompt_tokens[name][: config.num_virtual_tokens]
+        flat = encoder(tokens.unsqueeze(0).to(weight.device))[0]
+    dtype = model.base_model_torch_dtype
+    return flat if dtype is None else flat.to(dtype)
+
+
+def _is_a_table(encoder: Any) -> bool:
+    """Whether calling a prefix encoder would look up all rows of its embedding, no more."""
+    plain = type(encoder) is PrefixEncoder and type(encoder.embedding) is nn.Embedding
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules())
+    return plain and not hooked and not encoder.prefix_projection
+
+
+def _layers(config: Any, by_layer: tuple[torch.Tensor, ...]) -> dict[str, list[Any]]:
+    """Keys and values by layer, from [key of 0, value of 0, key of 1, ...]."""
+    if config.num_transformer_submodules == 1:
+        return {"self": list(zip(by_layer[::2], by_layer[1::2], strict=True))}
+    # PEFT lays the prefix out twice and hands four parts to each layer of the decoder: keys and
+    # values of its own attention, and two more for the cross-attention, which it then discards.
+    twice = by_layer * 2
+    return {"decoder": list(zip(twice[::4], twice[1::4], strict=True))}
+
+
+class FusedPeftModel(FusedPrompts, peft.PeftModel):
+    stock_class = peft.PeftModel
+
+
+class FusedCausalLM(FusedPrompts, peft.PeftModelForCausalLM):
+    stock_class = peft.PeftModelForCausalLM
+
+
+class FusedSeq2SeqLM(FusedPrompts, peft.PeftModelForSeq2SeqLM):
+    stock_class = peft.PeftModelForSeq2SeqLM
+
+
+class FusedSequenceClassification(FusedPrompts, peft.PeftModelForSequenceClassification):
+    stock_class = peft.PeftModelForSequenceClassification
+
+
+class FusedTokenClassification(FusedPrompts, peft.PeftModelForTokenClassification):
+    stock_class = peft.PeftModelForTokenClassification
+
+
+class FusedQuestionAnswering(FusedPrompts, peft.PeftModelForQuestionAnswering):
+    stock_class = peft.PeftModelForQuestionAnswering
+
+
+class FusedFeatureExtraction(FusedPrompts, peft.PeftModelForFeatureExtraction):
+    stock_class = peft.PeftModelForFeatureExtraction
+
+
+_CLASSES: tuple[Any, ...] = (
+    FusedPeftModel,
+    FusedCausalLM,
+    FusedSeq2SeqLM,
+    FusedSequenceClassification,
+    FusedTokenClassification,
+    FusedQuestionAnswering,
+    FusedFeatureExtraction,
+)
+SWAPS: dict[type[nn.Module], type[Any]] = {kind.stock_class: kind for kind in _CLASSES}
