@@ -23,6 +23,7 @@ FUSETUNE_INLINE void add_products(const Scalars& a, const Vectors& b, int64_t de
                                   const Function& before) {
   const float* scalars = a.data;
   const float* row = b.data;
+#pragma GCC unroll 2
   for (int64_t d = 0; d < depth; ++d, scalars += a.depth_stride, row += b.depth_stride) {
     before();
     F bv[vectors];
@@ -86,28 +87,33 @@ constexpr int64_t kOuterRows = 24;  // a multiple of all tiles' rows
 
 // Not inlined: among other code the compiler would spill accumulators.
 template <int count, int vectors>
-__attribute__((noinline)) static void outer_tile(const Scalars& a, const Vectors& b, int64_t depth, const Target& c,
-                                                      Ahead& shared_ahead) {
+__attribute__((noinline)) static void outer_tile(const Scalars& a, const Vectors& b, int64_t depth, const Target target,
+                                                 Ahead& shared_ahead) {
   F acc[count][vectors];
+  float* to = target.data;
 #pragma GCC unroll 12
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < count; ++i, to += target.ld) {
+    __builtin_prefetch(to, 1);
+    if constexpr (vectors > 1) __builtin_prefetch(to + (vectors - 1) * kLanes, 1);
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      __builtin_prefetch(c.data + i * c.ld + v * kLanes, 1);
-      acc[i][v] = c.init ? load(c.init + v * kLanes) : zero();
-    }
+    for (int v = 0; v < vectors; ++v) acc[i][v] = target.init ? load(target.init + v * kLanes) : zero();
   }
   Ahead ahead = shared_ahead;
   add_products(a, b, depth, acc, [&]() __attribute__((always_inline)) { ahead.step(); });
   shared_ahead = ahead;
+  if (target.base) {
+    const float* from = target.base;
 #pragma GCC unroll 12
-  for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < count; ++i, from += target.base_ld) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t at = v * kLanes;
-      const F sum = c.base ? add(load(c.base + i * c.base_ld + at), acc[i][v]) : acc[i][v];
-      store(c.data + i * c.ld + at, sum);
+      for (int v = 0; v < vectors; ++v) acc[i][v] = add(load(from + v * kLanes), acc[i][v]);
     }
+  }
+  to = target.data;
+#pragma GCC unroll 12
+  for (int i = 0; i < count; ++i, to += target.ld) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) store(to + v * kLanes, acc[i][v]);
   }
 }
 
