@@ -35,7 +35,11 @@ _METHODS = (
     "BottleneckConfig",
     "Fuse",
     "MadXConfig",
+    "PTuningConfig",
+    "PTuningV2Config",
     "Parallel",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
     "Split",
     "Stack",
     "compose",
@@ -44,7 +48,9 @@ _METHODS = (
 _LAZY = {
     **dict.fromkeys(_METHODS, "fusetune.methods"),
     "load_adapterhub": "fusetune.integrations.adapterhub",
+    "load_peft_prompts": "fusetune.integrations.prompt_checkpoints",
     "save_adapterhub": "fusetune.integrations.adapterhub",
+    "save_peft_prompts": "fusetune.integrations.prompt_checkpoints",
 }
 
 

@@ -78,7 +78,9 @@ def read(directory: str | Path, prefix: str) -> Checkpoint:
     path = folder / files.safetensors
     if not path.is_file():
         path = folder / files.weights
-    tensors = {_current(key, prefix): value for key, value in _tensors(path, files, folder).items()}
+    tensors = {
+        _current(key, prefix): value for key, value in tensors_of(path, files, folder).items()
+    }
     if any((folder / name).is_file() for name in _HEAD_FILES):
         warnings.warn(f"{folder}: the prediction head saved there is not loaded", stacklevel=3)
     return Checkpoint(files, header["name"], header, tensors, path)
@@ -146,7 +148,8 @@ def _header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _tensors(path: Path, files: Files, folder: Path) -> dict[str, Tensor]:
+def tensors_of(path: Path, files: Files, folder: Path) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU, each checked. Raises FileNotFoundError or ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has neither {files.safetensors} nor {files.weights}")
     if path.name == files.safetensors:

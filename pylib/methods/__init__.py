@@ -1,4 +1,4 @@
-"""Methods that PEFT does not have, by its interface: bottleneck adapters and what is built on them.
+"""Methods by PEFT's interface: bottleneck adapters and what is built on them, and prompts.
 
 Importing this registers them with PEFT.
 """
@@ -23,6 +23,8 @@ from fusetune.methods.bottleneck.config import BottleneckConfig
 from fusetune.methods.bottleneck.fusion import fusion_regularization
 from fusetune.methods.bottleneck.fusion_config import AdapterFusionConfig
 from fusetune.methods.bottleneck.madx_config import MadXConfig
+from fusetune.methods.prompts.deep_config import PrefixTuningConfig, PTuningV2Config
+from fusetune.methods.prompts.shallow_config import PromptTuningConfig, PTuningConfig
 
 _peft.register()
 
@@ -36,7 +38,11 @@ __all__ = [
     "Layers",
     "Location",
     "MadXConfig",
+    "PTuningConfig",
+    "PTuningV2Config",
     "Parallel",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
     "Split",
     "Stack",
     "compose",

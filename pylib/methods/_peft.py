@@ -12,13 +12,21 @@ from peft.tuners.tuners_utils import BaseTuner
 
 from fusetune.methods.bottleneck.config import PEFT_TYPE, AdapterConfig
 from fusetune.methods.bottleneck.model import BottleneckModel
+from fusetune.methods.prompts.config import PEFT_TYPE as PROMPTS
+from fusetune.methods.prompts.config import PromptConfig
+from fusetune.methods.prompts.model import PromptModel
 
 
 def register() -> None:
     """Enters the methods into PEFT's tables. Raises ImportError for a PEFT that is too old."""
     if not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
-        raise ImportError("fusetune's adapters need peft 0.21 or newer: pip install -U peft")
+        raise ImportError("fusetune's methods need peft 0.21 or newer: pip install -U peft")
     tables: Any = mapping  # their keys are typed as PEFT's enumeration, whose members are strings
-    tables.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = AdapterConfig
-    tables.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = BottleneckModel
-    tables.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = BottleneckModel.prefix
+    methods = (
+        (PEFT_TYPE, AdapterConfig, BottleneckModel),
+        (PROMPTS, PromptConfig, PromptModel),
+    )
+    for name, config, tuner in methods:
+        tables.PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
+        tables.PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner
+        tables.PEFT_TYPE_TO_PREFIX_MAPPING[name] = tuner.prefix
