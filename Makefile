@@ -8,6 +8,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# As many tests at once as there are cores.
+TEST_JOBS ?= -n logical --maxprocesses 8 --dist worksteal
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -19,7 +21,7 @@ demo: $(VENV)/built
 	$(BIN)/fusetune demo $(DEMO_ARGS)
 
 test: lint types
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest $(TEST_JOBS) $(TEST_ARGS)
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -3,6 +3,10 @@
 import os
 import sys
 
+# Threads that wait sleep instead of spinning: small operators wait longer than they compute, and
+# what spins takes a core from the tests of another process. Read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from backends import HOST, forced

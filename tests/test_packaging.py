@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from one_at_a_time import alone
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
@@ -24,9 +25,15 @@ print(*_native.C.available_isas())
 """
 
 
-def test_wheel_works_elsewhere(tmp_path):
+def build_wheel(target, environment):
+    """setuptools lays every wheel out in the same folder."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
-    subprocess.run([*command, "-w", str(tmp_path), str(ROOT)], check=True)
+    with alone(ROOT / "build"):
+        subprocess.run([*command, "-w", str(target), str(ROOT)], check=True, env=environment)
+
+
+def test_wheel_works_elsewhere(tmp_path):
+    build_wheel(tmp_path, os.environ)
     (wheel,) = tmp_path.glob("fusetune-*.whl")
     folder = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
@@ -57,9 +64,7 @@ def test_wheel_for_another_machine(tmp_path):
         "_PYTHON_HOST_PLATFORM": "linux-aarch64",
         "SETUPTOOLS_EXT_SUFFIX": suffix,
     }
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
-    environment = {**os.environ, **compilers, **target}
-    subprocess.run([*command, "-w", str(tmp_path), str(ROOT)], check=True, env=environment)
+    build_wheel(tmp_path, {**os.environ, **compilers, **target})
     (wheel,) = tmp_path.glob("fusetune-*-linux_aarch64.whl")
     with zipfile.ZipFile(wheel) as archive:
         modules = [name for name in archive.namelist() if name.endswith(".so")]

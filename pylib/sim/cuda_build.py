@@ -14,8 +14,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def build(
     if library.exists():
         return library
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+    with _alone(directory), tempfile.TemporaryDirectory(dir=directory) as scratch:
+        if library.exists():  # built by another process meanwhile
+            return library
 
         def compile_one(source: Path) -> str:
             obj = f"{scratch}/{source.name}.o"
@@ -83,8 +86,18 @@ def build(
             objects = list(pool.map(compile_one, files))
         linked = f"{scratch}/{name}.so"
         _call([nvcc, "-shared", "-cudart=none", *objects, "-o", linked])
-        os.replace(linked, library)  # at once: another process may be building the same
+        os.replace(linked, library)  # at once: what exists is whole
     return library
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Waits until no other process builds there."""
+    import fcntl
+
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _call(command: list[str]) -> str:

@@ -9,9 +9,11 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
+from one_at_a_time import alone
 
 from fusetune import _native
 
@@ -32,10 +34,13 @@ def build(machine: str, compiler: str, flags: list[str]) -> Path:
         if path.is_file():
             content.update(path.read_bytes())
     folder = ROOT / "build" / "kernel_check" / f"{machine}-{content.hexdigest()[:16]}"
-    driver = folder / "kernel_check"
-    if driver.exists():
-        return driver
-    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        driver = folder / "kernel_check"
+        return driver if driver.exists() else compiled(rules, compiler, flags, driver)
+
+
+def compiled(rules: dict[str, Any], compiler: str, flags: list[str], driver: Path) -> Path:
+    folder = driver.parent
     jobs = [job for job in rules["compile_jobs"]() if not job[0].name.startswith("bindings")]
     jobs.append((Path(__file__).with_name("kernel_check.cpp"), "common", []))
 
