@@ -2,7 +2,8 @@
 
 Prefix tuning: PEFT's own forward runs, but the prompt it asks for is not made into a cache; the
 attention of the base model gets the prefix instead (nn/prefix_attention.py). Whatever cannot be
-done exactly runs PEFT's code, and `fused_reason` says why.
+done exactly runs PEFT's code, and `fused_reason` says why. Prompt tuning and p-tuning:
+peft_prompt_embed.py.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from peft.peft_model import _get_layer_kv_target_shape
 from peft.tuners.prefix_tuning import PrefixEncoder
 from torch import nn
 
+from fusetune.integrations import peft_prompt_embed
 from fusetune.integrations._guards import carrier
 from fusetune.nn import prefix_attention
 from fusetune.nn.prefix_attention import Prefix
 
-_ACTIVE = "_fusetune_prefix_columns"  # in the PeftModel: within a forward or generate of a prefix
+_ACTIVE = "_fusetune_prefix_counts"  # in the PeftModel: within a forward or generate of a prefix
 BASE = "__base__"  # in adapter_names: a row without adapter
 
 
@@ -35,7 +37,8 @@ class FusedPrompts:
     @classmethod
     def accepts(cls, module: Any) -> bool:
         """Whether a model of the stock class is one to fuse at all."""
-        return bool(module._is_prompt_learning) and _kind(module) == PeftType.PREFIX_TUNING
+        fused = (PeftType.PREFIX_TUNING, *peft_prompt_embed.METHODS)
+        return bool(module._is_prompt_learning) and _kind(module) in fused
 
     def after_fuse(self: Any) -> None:
         """After the class was swapped in."""
@@ -50,38 +53,46 @@ class FusedPrompts:
         self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         """As the stock class; adapter_names: an adapter for each row, "__base__" for none."""
-        if self._adapters_disabled or self.fused_reason() is not None:
+        if self._adapters_disabled or self.stock_reason() is not None:
             _refuse(self, adapter_names)
             return super().forward(*args, **kwargs)
-        with _prefixed(self, adapter_names, columns=True):
+        if _kind(self) in peft_prompt_embed.METHODS:
+            return peft_prompt_embed.forward(self, args, kwargs, adapter_names)
+        with _prefixed(self, adapter_names, counts=True):
             return super().forward(*args, **kwargs)
 
     def generate(
         self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         """As the stock class; adapter_names as in `forward`."""
-        if self._adapters_disabled or self.fused_reason() is not None:
+        if self._adapters_disabled or self.stock_reason() is not None:
             _refuse(self, adapter_names)
             return super().generate(*args, **kwargs)
-        with _prefixed(self, adapter_names, columns=False):
+        if _kind(self) in peft_prompt_embed.METHODS:
+            return peft_prompt_embed.generate(self, args, kwargs, adapter_names)
+        with _prefixed(self, adapter_names, counts=False):
             return super().generate(*args, **kwargs)
-
-    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the stock class; a prefix needs no preparation."""
-        if _ACTIVE not in self.__dict__:
-            return super().prepare_inputs_for_generation(*args, **kwargs)
-        kwargs.pop("task_ids", None)
-        return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
 
     def get_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As the stock class; no cache where the prefix goes to the attention."""
         return None if _ACTIVE in self.__dict__ else super().get_prompt(*args, **kwargs)
 
     def fused_reason(self: Any) -> str | None:
-        """Why the model, in its present state, runs PEFT's code; None where it is fused."""
+        """Why the model, in its present state, is not all fused; None where it is."""
         if self._adapters_disabled:
             return "adapters are disabled"
+        if reason := self.stock_reason():
+            return reason  # type: ignore[no-any-return]
+        if _kind(self) in peft_prompt_embed.METHODS:
+            return None
+        reason = prefix_attention.joined_reason(self.base_model) or self.fused_carrier()[1]
+        return reason and f"{reason}: the prefix is joined to keys and values"
+
+    def stock_reason(self: Any) -> str | None:
+        """Why PEFT's own code runs, with a cache; None where the attention gets the prefix."""
         config = self.active_peft_config
+        if config.peft_type in peft_prompt_embed.METHODS:
+            return peft_prompt_embed.stock_reason(self)
         if config.peft_type != PeftType.PREFIX_TUNING:
             return f"{config.peft_type} is not fused"
         reason = None
@@ -91,14 +102,16 @@ class FusedPrompts:
         return reason or _shape_reason(self, config)
 
     def fused_carrier(self: Any) -> tuple[str, str | None]:
-        """(backend of the attention, None) for a query of the base model's dtype and device."""
+        """(backend, reason against it) for a query of the base model's dtype and device."""
+        if _kind(self) in peft_prompt_embed.METHODS:
+            return peft_prompt_embed.fused_carrier(self), None
         weight = self.prompt_encoder[self.active_adapter].embedding.weight
         dtype = self.base_model_torch_dtype or weight.dtype
-        return carrier("prefix_attend", weight.device.type, dtype, dtype)[0], None
+        return carrier("prefix_attend", weight.device.type, dtype, dtype)
 
     @property
     def present_method(self: Any) -> str:
-        return self.method  # type: ignore[no-any-return]
+        return peft_prompt_embed.METHODS.get(_kind(self), self.method)
 
 
 def _kind(model: Any) -> Any:
@@ -108,8 +121,8 @@ def _kind(model: Any) -> Any:
 def _refuse(model: Any, adapter_names: Sequence[str] | None) -> None:
     if adapter_names is not None and not model._adapters_disabled:
         raise ValueError(
-            f"adapter_names: this model runs PEFT's prefix tuning, which has one for all rows, "
-            f"because {model.fused_reason()}"
+            f"adapter_names: this model runs PEFT's own code, which has one prompt for all rows, "
+            f"because {model.stock_reason()}"
         )
 
 
@@ -133,9 +146,9 @@ def _shape_reason(model: Any, config: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def _prefixed(model: Any, adapter_names: Sequence[str] | None, *, columns: bool) -> Iterator[None]:
-    """columns: whether PEFT widens the attention mask for the prefix, as its forward does."""
-    prefix = _prefix(model, adapter_names, columns)
+def _prefixed(model: Any, adapter_names: Sequence[str] | None, *, counts: bool) -> Iterator[None]:
+    """counts: whether PEFT has mask and positions count the prefix, as its forward does."""
+    prefix = _prefix(model, adapter_names, counts)
     model.__dict__[_ACTIVE] = True
     try:
         with prefix_attention.active(model.base_model, prefix):
@@ -144,18 +157,18 @@ def _prefixed(model: Any, adapter_names: Sequence[str] | None, *, columns: bool)
         model.__dict__.pop(_ACTIVE, None)
 
 
-def _prefix(model: Any, adapter_names: Sequence[str] | None, columns: bool) -> Prefix:
+def _prefix(model: Any, adapter_names: Sequence[str] | None, counts: bool) -> Prefix:
     """The prefix of the active adapter, or of those named."""
     active = model.active_adapter
     names = [active] if adapter_names is None else _named(model, adapter_names)
     flat = [_flat(model, name) for name in names] or [_flat(model, active)]
     lengths = tuple(len(rows) for rows in flat)
-    mask_columns = model.peft_config[active].num_virtual_tokens if columns else 0
+    counted = model.peft_config[active].num_virtual_tokens if counts else 0
     config = model.peft_config[names[0] if names else active]
     heads = (config.num_layers, 2, config.num_attention_heads, -1)
     if adapter_names is None:
         by_layer = flat[0].unflatten(1, heads).flatten(1, 2).unbind(1)
-        return Prefix(_layers(config, by_layer), lengths[0], mask_columns=mask_columns)
+        return Prefix(_layers(config, by_layer), lengths[0], counted=counted)
     longest = max(lengths)
     padded = [nn.functional.pad(rows, (0, 0, 0, longest - len(rows))) for rows in flat]
     by_layer = torch.stack(padded).unflatten(2, heads).flatten(2, 3).unbind(2)
@@ -165,7 +178,7 @@ def _prefix(model: Any, adapter_names: Sequence[str] | None, columns: bool) -> P
         longest,
         rows=torch.tensor(rows, device=flat[0].device),
         lengths=lengths,
-        mask_columns=mask_columns,
+        counted=counted,
     )
 
 
@@ -213,11 +226,22 @@ class FusedPeftModel(FusedPrompts, peft.PeftModel):
     stock_class = peft.PeftModel
 
 
-class FusedCausalLM(FusedPrompts, peft.PeftModelForCausalLM):
+class _Generating(FusedPrompts):
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class; a prefix needs no preparation."""
+        if peft_prompt_embed.ACTIVE in self.__dict__:
+            return peft_prompt_embed.prepare_inputs(self, args, kwargs)
+        if _ACTIVE not in self.__dict__:
+            return super().prepare_inputs_for_generation(*args, **kwargs)
+        kwargs.pop("task_ids", None)
+        return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+
+
+class FusedCausalLM(_Generating, peft.PeftModelForCausalLM):
     stock_class = peft.PeftModelForCausalLM
 
 
-class FusedSeq2SeqLM(FusedPrompts, peft.PeftModelForSeq2SeqLM):
+class FusedSeq2SeqLM(_Generating, peft.PeftModelForSeq2SeqLM):
     stock_class = peft.PeftModelForSeq2SeqLM
 
 

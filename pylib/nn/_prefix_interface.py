@@ -101,12 +101,21 @@ def _stock(module: Any, name: str) -> Callable[..., Pair]:
     return namespace["ALL_ATTENTION_FUNCTIONS"].get_interface(name, eager)  # type: ignore[no-any-return]
 
 
-def unfused_reason(stack: nn.Module) -> str | None:
-    """Why a stack's stock attention gets keys and values joined, as far as its name tells."""
+def joined_reason(stack: nn.Module) -> str | None:
+    """Why all of a stack's attention gets keys and values joined, as far as can be seen now."""
     name = stock_name(stack)
-    if name == "sdpa":
-        return None
-    return f"{name} attention gives no log-sum-exp: keys and values are joined for it"
+    if name != "sdpa":
+        return f"{name} attention gives no log-sum-exp"
+    asked = [m for m in stack.modules() if PLACE in m.__dict__]
+    return "attention dropout while training" if any(map(_drops, asked)) else None
+
+
+def _drops(module: Any) -> bool:
+    if not module.training:
+        return False
+    found = [getattr(module, n, 0) for n in ("attention_dropout", "attn_dropout", "dropout")]
+    rates = [p.p if isinstance(p, nn.Dropout) else p for p in found]
+    return any(isinstance(p, (int, float)) and p > 0 for p in rates)
 
 
 def _reason(

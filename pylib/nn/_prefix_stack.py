@@ -161,9 +161,12 @@ def _move(
 ) -> None:
     """Positions behind the prefix, and a mask without the prefix's columns."""
     mask = kwargs.get("attention_mask")
-    columns = call.prefix.mask_columns
-    if columns and isinstance(mask, Tensor) and mask.dim() == 2:
-        kwargs["attention_mask"] = mask = mask[:, columns:]
+    counted = call.prefix.counted
+    if counted and isinstance(mask, Tensor) and mask.dim() == 2:
+        kwargs["attention_mask"] = mask = mask[:, counted:]
+    given = kwargs.get("position_ids")
+    if given is not None and counted:
+        kwargs["position_ids"] = given = given - counted
     shift = _shift(call)
     embed = _position_module(stack)
     if embed is not None:
@@ -171,7 +174,6 @@ def _move(
         return
     if "position_ids" not in names:
         return  # relative ones
-    given = kwargs.get("position_ids")
     if given is None:
         kwargs["position_ids"] = _default_positions(stack, call, tokens, shift)
         return

@@ -40,7 +40,8 @@ class Prefix:
     length: P. rows: int64 [B], which of the G prefixes each row of the batch has, -1 for none; a
     batch of a multiple of B rows (beams) repeats each. lengths: how many of its P rows each prefix
     has. dropout_p: of the prefix's elements, while the model trains.
-    mask_columns: how many leading columns of a two-dimensional attention mask stand for the prefix.
+    counted: how many tokens of a prefix a two-dimensional attention mask has columns for already,
+    in front, and the caller's position_ids count.
     """
 
     layers: Mapping[str, Sequence[tuple[Tensor, Tensor] | None]]
@@ -48,7 +49,7 @@ class Prefix:
     rows: Tensor | None = None
     lengths: tuple[int, ...] | None = None
     dropout_p: float = 0.0
-    mask_columns: int = 0
+    counted: int = 0
 
 
 def unsupported(model: nn.Module) -> str | None:
@@ -97,6 +98,16 @@ def attached(model: nn.Module) -> bool:
     return names is not None and all(
         _prefix_interface.switched(model.get_submodule(name)) for name in names
     )
+
+
+def joined_reason(model: nn.Module) -> str | None:
+    """Why keys and values are joined to the prefix for the stock function; None where they are not.
+
+    Exact too, and without a cache, but with the copies. Single calls may need it for reasons that
+    only they know: attention sinks, a cap on the scores, a bias that requires a gradient.
+    """
+    stacks = (model.get_submodule(name) for name in model.__dict__[_NAMES])
+    return next(filter(None, map(_prefix_interface.joined_reason, stacks)), None)
 
 
 @contextmanager
