@@ -77,6 +77,18 @@ class FusedPrompts:
         """As the stock class; no cache where the prefix goes to the attention."""
         return None if _ACTIVE in self.__dict__ else super().get_prompt(*args, **kwargs)
 
+    def _setup_prompt_encoder(self: Any, adapter_name: str) -> None:
+        """As the stock class, but not refusing a model that checkpoints, as that one has to."""
+        flagged = [m for m in self.modules() if getattr(m, "gradient_checkpointing", False)]
+        lifted = flagged if self.stock_reason() is None else []
+        try:
+            for module in lifted:
+                module.gradient_checkpointing = False
+            super()._setup_prompt_encoder(adapter_name)
+        finally:
+            for module in lifted:
+                module.gradient_checkpointing = True
+
     def fused_reason(self: Any) -> str | None:
         """Why the model, in its present state, is not all fused; None where it is."""
         if self._adapters_disabled:
