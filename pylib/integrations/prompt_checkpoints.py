@@ -170,7 +170,7 @@ def _config(header: dict[str, Any], base: Any) -> PromptConfig:
         return PromptTuningConfig(**shared)
     if header["peft_type"] == "P_TUNING":
         return PTuningConfig(**shared)
-    sites = {}
+    sites: dict[str, Any] = {}
     if base.config.is_encoder_decoder:
         sites = {"encoder": False, "decoder": True, "cross": False}
     return PrefixTuningConfig(prefix_projection=False, **sites, **shared)
@@ -221,8 +221,9 @@ def _saved_modules(
     """The tensors of modules to save by our keys, all checked."""
     expected: dict[str, Tensor] = {}
     for name, module in model.named_modules():
+        wrapper: Any = module
         if isinstance(module, AuxiliaryTrainingWrapper):
-            inside = module.adapter_state_dict(adapter_name, module.state_dict())
+            inside = wrapper.adapter_state_dict(adapter_name, module.state_dict())
             expected.update({f"{name}.{key}": value for key, value in inside.items()})
     given = {key.replace("base_model.", "base_model.model.", 1): key for key in tensors}
     for key, theirs in given.items():

@@ -82,7 +82,7 @@ def _check_uniform(config: Any) -> None:
     names = ("num_key_value_heads", "head_dim")
     layers = getattr(config, "per_layer_config", None) or []
     shapes = {tuple(getattr(layer, name, None) for name in names) for layer in layers}
-    if len(shapes) > 1 or getattr(config, "num_kv_shared_layers", 0):
+    if len(shapes) > 1 or bool(getattr(config, "num_kv_shared_layers", None)):
         raise ValueError(f"model: layers of {config.model_type} differ in their keys and values")
 
 

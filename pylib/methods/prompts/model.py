@@ -248,13 +248,8 @@ def _networks(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
 def _resolve_template(config: PTuningConfig, geometry: Geometry) -> None:
     """Ids for pseudo-tokens and anchors, so that a file needs no tokenizer."""
     template = config.parsed.with_ids(lambda text: tokens_of(config, text, "template"))
-    wrong = [
-        i
-        for part in template.parts
-        if isinstance(part, tuple) and not hasattr(part, "number")
-        for i in part
-        if i >= geometry.vocabulary
-    ]
+    anchors = [part for part in template.parts if isinstance(part, tuple)]
+    wrong = [i for anchor in anchors for i in anchor if i >= geometry.vocabulary]
     if wrong:
         raise ValueError(
             f"template: {wrong[0]} is no token of the model, which has {geometry.vocabulary}"

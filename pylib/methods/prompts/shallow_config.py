@@ -85,8 +85,8 @@ class PTuningConfig(PromptConfig):
             out: numbers of pseudo-tokens, "{0}", "{1}", ... for the slots, and anchors, real
             tokens that stay as they are: texts, or lists of token ids. `[2, "{0}", "Question:",
             "{1}", 1]`. Default: num_virtual_tokens before the one slot.
-            A template with one slot goes around each row of a batch by itself. With more slots
-            the input has pseudo-tokens, as `fill` makes it; a template with one may be so used.
+            A template with one slot goes around each row of a batch by itself. With more slots the
+            input has the pseudo-tokens, as `fill` makes it.
         num_virtual_tokens: with a template, its number of pseudo-tokens; may be left out.
         pseudo_token_id: stands for pseudo-tokens in input ids; default: the first id behind the
             model's vocabulary.
@@ -114,8 +114,8 @@ class PTuningConfig(PromptConfig):
         if self.template is None:
             self._check_length()
             self.template = [self.num_virtual_tokens, "{0}"]
-        self.template = list(self.template)
         count = Template.parse(self.template).count
+        self.template = list(self.template)
         if self.num_virtual_tokens not in (None, count):
             raise ValueError(
                 f"num_virtual_tokens is {self.num_virtual_tokens}, but the template has {count}"

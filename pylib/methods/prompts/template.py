@@ -12,7 +12,8 @@ import torch
 Tensor = torch.Tensor
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True)
+class Slot:
     """Where a piece of the input goes."""
 
     number: int
