@@ -25,7 +25,7 @@ def attend(
     """out [B, Hq, T, D] in query's dtype, lse [B, Hq, T] fp32 (float64 for float64)."""
     if not query.numel() or not key.shape[2]:  # torch's kernels divide by these sizes
         lse = query.new_full(query.shape[:3], torch.inf, dtype=accumulate_dtype(query.dtype))
-        return torch.zeros_like(query), lse
+        return query.new_zeros(query.shape), lse
     bias = _additive(mask, query.dtype)
     kernel = _kernel(query, key, value, bias, causal)
     query, key, value = (_contiguous_last(t) for t in (query, key, value))
@@ -67,7 +67,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dquery, dkey, dvalue) of this segment of the softmax that out and lse are of."""
     if not query.numel() or not key.shape[2]:
-        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        return query.new_zeros(query.shape), torch.zeros_like(key), torch.zeros_like(value)
     bias = _additive(mask, query.dtype)
     kernel = _kernel(query, key, value, bias, causal)
     dout, query, key, value = (_contiguous_last(t) for t in (dout, query, key, value))

@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _base_attention
+from fusetune.ops._prefix_attention_cpu import CPU_BACKWARD, CPU_FORWARD
 from fusetune.ops._prefix_attention_gpu import GPU_BACKWARD, GPU_FORWARD
 from fusetune.ops._registry import LIB, Impl, Op, plain
 from fusetune.reference import prefix_attention as reference
@@ -73,11 +74,13 @@ def attention(
 OP = Op(
     "prefix_attend",
     *GPU_FORWARD,
+    CPU_FORWARD,
     Impl("reference", reference.prefix_attend, lambda case: None, 0),
 )
 OP_BACKWARD = Op(
     "prefix_attend_backward",
     *GPU_BACKWARD,
+    CPU_BACKWARD,
     Impl("reference", reference.prefix_attend_backward, lambda case: None, 0),
 )
 

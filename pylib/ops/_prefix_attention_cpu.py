@@ -1,0 +1,147 @@
+"""prefix_attend on the native CPU kernels. The result is written over base_out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusetune.ops import _cpu
+from fusetune.ops._registry import Impl
+
+Tensor = torch.Tensor
+_NONE = (0, 0, 0, 0, 0)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _heads(x: Tensor | None) -> tuple[int, int, int, int, int]:
+    """The kernels' description of x [B, H, T, D]."""
+    if x is None:
+        return _NONE
+    batch, heads, tokens, _ = x.stride()
+    return x.data_ptr(), batch, heads, tokens, _cpu.DTYPE_CODES[x.dtype]
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _expanded(bias: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    """The bias [B, Hq, T, P] in fp32 and with contiguous rows, expanded over what it lacks."""
+    if bias is None:
+        return None
+    bias = bias.detach().resolve_neg().float()
+    bias = bias if bias.stride(-1) == 1 else bias.contiguous()
+    return bias.expand(batch, heads, -1, -1)
+
+
+def _distances(x: Tensor | None) -> tuple[int, ...]:
+    """The kernels' description of an fp32 x [B, H, T] or [B, H, T, P]."""
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+
+
+def _prefix(
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    window: int,
+    position: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Any, ...]:
+    """The kernels' description of a prefix and of the queries. The tensors must outlive it."""
+    batch, heads, tokens, dim = query.shape
+    groups, count, kv_heads, _ = prefix_key.shape
+    return (
+        (batch, heads, kv_heads, tokens, dim, groups, count),
+        _heads(query),
+        _heads(prefix_key.transpose(1, 2)),
+        _heads(prefix_value.transpose(1, 2)),
+        _distances(bias),
+        _address(rows),
+        _address(lengths),
+        scale,
+        window,
+        position,
+        _cpu.dropout(dropout_p, seed),
+    )
+
+
+def _forward(
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    base_out: Tensor,
+    base_lse: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    window: int,
+    position: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    bias = _expanded(bias, query.shape[0], query.shape[1])
+    rows, lengths = _contiguous(rows), _contiguous(lengths)
+    lse = _cpu.empty(*query.shape[:3], dtype=torch.float32)
+    prefix = _prefix(
+        *(query, prefix_key, prefix_value, bias, rows, lengths),
+        *(scale, window, position, dropout_p, seed),
+    )
+    _cpu.kernels().prefix_attend(prefix, _heads(base_out), _distances(base_lse), lse.data_ptr())
+    return base_out, lse
+
+
+def _backward(
+    dout: Tensor,
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    window: int,
+    position: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    dquery: Tensor | None,
+    need_dquery: bool,
+    need_dprefix: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    bias = _expanded(bias, query.shape[0], query.shape[1])
+    rows, lengths = _contiguous(rows), _contiguous(lengths)
+    add = dquery is not None
+    if not need_dquery:
+        dquery = None
+    elif dquery is None:
+        batch, heads, tokens, dim = query.shape
+        dquery = _cpu.empty(batch, tokens, heads, dim, dtype=query.dtype).transpose(1, 2)
+    shape = prefix_key.shape
+    dkey = _cpu.empty(*shape, dtype=torch.float32) if need_dprefix else None
+    dvalue = _cpu.empty(*shape, dtype=torch.float32) if need_dprefix else None
+    prefix = _prefix(
+        *(query, prefix_key, prefix_value, bias, rows, lengths),
+        *(scale, window, position, dropout_p, seed),
+    )
+    _cpu.kernels().prefix_attend_backward(
+        *(prefix, _heads(dout), _heads(out), lse.data_ptr()),
+        *(_heads(dquery), add, _address(dkey), _address(dvalue)),
+    )
+    if dkey is not None and dvalue is not None:
+        dkey, dvalue = dkey.to(prefix_key.dtype), dvalue.to(prefix_value.dtype)
+    return dquery, dkey, dvalue
+
+
+CPU_FORWARD = Impl("cpu", _forward, _cpu.supports("prefix_attend"), 10)
+CPU_BACKWARD = Impl("cpu", _backward, _cpu.supports("prefix_attend_backward"), 10)
