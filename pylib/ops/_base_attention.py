@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch.backends import cuda
 
+from fusetune.ops import _base_attention_cpu
 from fusetune.reference.linear_4bit import accumulate_dtype
 
 Tensor = torch.Tensor
@@ -30,9 +31,7 @@ def attend(
     kernel = _kernel(query, key, value, bias, causal)
     query, key, value = (_contiguous_last(t) for t in (query, key, value))
     if kernel == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=bias, scale=scale
-        )
+        out, lse = _base_attention_cpu.attend(query, key, value, bias, causal, scale)
     elif kernel == "flash":
         out, lse = aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, causal, scale=scale
@@ -72,8 +71,8 @@ def attend_backward(
     kernel = _kernel(query, key, value, bias, causal)
     dout, query, key, value = (_contiguous_last(t) for t in (dout, query, key, value))
     if kernel == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
-            dout, query, key, value, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+        return _base_attention_cpu.attend_backward(
+            dout, query, key, value, bias, causal, scale, out, lse
         )
     if kernel == "flash":
         tokens, keys = query.shape[2], key.shape[2]
