@@ -239,15 +239,11 @@ def test_generate_from_filled_slots():
 def test_what_a_template_cannot_do():
     model, inputs = prompted("llama", PTuningConfig(template=[1, 1, 1]))
     ids = inputs["input_ids"]
-    with pytest.raises(
-        ValueError, match=r"input_ids: the template has 2 slots.*PTuningConfig.fill"
-    ):
+    with pytest.raises(ValueError, match=r"the template has 2 slots.*PTuningConfig.fill"):
         model(input_ids=ids)
     marked = ids.clone()
     marked[0, :3], marked[1, :2] = 97, 97
-    with pytest.raises(
-        ValueError, match=r"each row must have 3 pseudo-tokens \(id 97\), got \[3, 2"
-    ):
+    with pytest.raises(ValueError, match=r"must have 3 pseudo-tokens \(id 97\), got \[3, 2"):
         model(input_ids=marked)
     embedded = model.get_input_embeddings()(ids)
     with pytest.raises(ValueError, match="inputs_embeds: a template needs input_ids"):

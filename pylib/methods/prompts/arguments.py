@@ -63,13 +63,23 @@ def named(module: Any, args: Sequence[Any], kwargs: Arguments) -> Arguments:
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def check(values: Arguments) -> None:
+    """Raises ValueError for a mask or a cache without room for a prompt."""
+    check_mask(values.get("attention_mask"))
+    if getattr(values.get("past_key_values"), "is_compileable", False):
+        raise ValueError(
+            "past_key_values: a static cache has no room for the prompt; in generate leave "
+            "cache_implementation out"
+        )
+
+
 def check_mask(mask: Any) -> None:
     """Raises ValueError for a mask that cannot be extended."""
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"attention_mask: with a prompt it must be of shape [B, T], got {shape}. generate "
-            "makes another one for static caches: leave cache_implementation out"
+            f"attention_mask: with a prompt it must be of shape [B, T], got {shape}; generate "
+            "makes another one for a static cache: leave cache_implementation out"
         )
 
 
@@ -151,8 +161,7 @@ def put_before_embeddings(module: Any, values: Arguments, turn: Turn) -> None:
 def _extend_in_front(module: Any, values: Arguments, turn: Turn, shape: Sequence[int]) -> None:
     length = turn.length
     if values.get("attention_mask") is None and turn.lengths is not None:
-        device = turn.lengths.device
-        values["attention_mask"] = torch.ones(shape, dtype=torch.long, device=device)
+        values["attention_mask"] = _ones(turn.lengths, shape[1])
     if values.get("attention_mask") is not None:
         values["attention_mask"] = longer_mask(values["attention_mask"], turn)
     if values.get("token_type_ids") is not None:
@@ -166,6 +175,20 @@ def _extend_in_front(module: Any, values: Arguments, turn: Turn, shape: Sequence
     for name in _SPANS:
         if values.get(name) is not None:
             values[name] = values[name] + length
+
+
+def mask_of_encoded(mask: Tensor | None, states: Tensor, turn: Turn) -> Tensor | None:
+    """The mask [B, P + T] of an encoder's output, of the mask [B, T] of its input."""
+    if mask is None:
+        if turn.lengths is None:
+            return None
+        mask = _ones(turn.lengths, states.shape[1] - turn.length)
+    check_mask(mask)
+    return mask if mask.shape[1] == states.shape[1] else longer_mask(mask, turn)
+
+
+def _ones(lengths: Tensor, tokens: int) -> Tensor:
+    return torch.ones(len(lengths), tokens, dtype=torch.long, device=lengths.device)
 
 
 def longer_mask(mask: Tensor, turn: Turn) -> Tensor:
@@ -255,7 +278,9 @@ def continue_after_cache(values: Arguments, turn: Turn, new: int) -> None:
             )
         values["attention_mask"] = longer_mask(mask, turn)
     elif turn.lengths is not None:
-        raise ValueError("attention_mask must be given where adapter_names has several prompts")
+        # generate leaves a mask of ones out; prompts shorter than the longest must not be seen.
+        total = int(values["past_key_values"].get_seq_length()) + new
+        values["attention_mask"] = longer_mask(_ones(turn.lengths, total - turn.added), turn)
     if positions is not None:
         added: Any = turn.added if turn.lengths is None else turn.lengths[:, None]
         values["position_ids"] = positions + added

@@ -49,7 +49,7 @@ class EmbeddingHooks:
         turn = None if given is None else self._turn(given.shape[0], given.device)
         if given is None or turn is None:
             return None
-        arguments.check_mask(values.get("attention_mask"))
+        arguments.check(values)
         cache = values.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             arguments.continue_after_cache(values, turn, given.shape[1])
@@ -68,14 +68,12 @@ class EmbeddingHooks:
         if not self._concerned():
             return None
         values = arguments.named(module, args, kwargs)
-        states, mask = values.get("encoder_hidden_states"), values.get("encoder_attention_mask")
-        if states is None or mask is None or states.shape[1] == mask.shape[-1]:
+        states = values.get("encoder_hidden_states")
+        turn = None if states is None else self._turn(states.shape[0], states.device)
+        if states is None or turn is None:
             return None
-        turn = self._turn(states.shape[0], states.device)
-        if turn is None:
-            return None
-        arguments.check_mask(mask)
-        values["encoder_attention_mask"] = arguments.longer_mask(mask, turn)
+        mask = values.get("encoder_attention_mask")
+        values["encoder_attention_mask"] = arguments.mask_of_encoded(mask, states, turn)
         return (), values
 
     def _concerned(self) -> bool:

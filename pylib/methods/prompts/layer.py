@@ -31,6 +31,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         self.prompt_configs: dict[str, PromptConfig] = {}
         # The adapter of each row of the batch, while a call is given adapter_names.
         self.rows: tuple[str, ...] | None = None
+        self.beams = 1  # a generation may repeat each row so often
         self._kept: dict[tuple[str, str | None], torch.Tensor] | None = None
         self._active_adapter: Any = []
 
@@ -49,8 +50,8 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             return [], None
         if self.rows is None:
             return [name for name in self.active_adapters if name in self.prompt_encoders], None
-        repeats, rest = divmod(batch, max(1, len(self.rows)))  # beams repeat each row
-        if rest or not repeats:
+        repeats = self.beams if batch == self.beams * len(self.rows) else 1
+        if batch != repeats * len(self.rows):
             raise ValueError(
                 f"adapter_names must name an adapter for each of {batch} sequences, "
                 f"got {len(self.rows)}"
@@ -73,14 +74,14 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         return self._kept[name, site]
 
     @contextmanager
-    def call(self, rows: tuple[str, ...] | None) -> Iterator[None]:
+    def call(self, rows: tuple[str, ...] | None, beams: int) -> Iterator[None]:
         """For the length of a forward or a generation rows have these adapters."""
-        before = self.rows, self._kept
-        self.rows, self._kept = rows, {}
+        before = self.rows, self.beams, self._kept
+        self.rows, self.beams, self._kept = rows, beams, {}
         try:
             yield
         finally:
-            self.rows, self._kept = before
+            self.rows, self.beams, self._kept = before
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

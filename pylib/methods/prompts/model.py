@@ -139,7 +139,7 @@ class PromptModel(BaseTuner):
         for hooks in self._hooks:
             if isinstance(hooks, AttentionHooks):
                 hooks.refresh()
-        with layer.call(None if names is None else tuple(names)):
+        with layer.call(None if names is None else tuple(names), self._beams(kwargs)):
             yield
 
     def _check_rows(self, names: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -157,6 +157,15 @@ class PromptModel(BaseTuner):
                 f"adapter_names must name an adapter for each of {batches[0]} sequences, "
                 f"got {len(names)}"
             )
+
+    def _beams(self, kwargs: dict[str, Any]) -> int:
+        """How often generate repeats each row; 1 in a forward."""
+        configs = (kwargs.get("generation_config"), getattr(self.model, "generation_config", None))
+        beams = 1
+        for name in ("num_beams", "num_return_sequences"):
+            given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+            beams = max(beams, next((n for n in given if n is not None), 1))
+        return beams
 
     def _known(self) -> list[str]:
         return sorted(self.peft_config)
