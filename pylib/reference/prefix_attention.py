@@ -176,9 +176,9 @@ def _scores(
 def _attended(p: Tensor, values: Tensor) -> Tensor:
     """p [B, Hq, T, P] times values [B, P, Hkv, D]: [B, Hq, T, D]."""
     batch, heads, tokens, count = p.shape
-    kv_heads = values.shape[2]
+    kv_heads, dim = values.shape[2:]
     grouped = p.reshape(batch, kv_heads, heads // kv_heads, tokens, count)
-    return torch.einsum("bhrtj,bjhd->bhrtd", grouped, values).reshape(batch, heads, tokens, -1)
+    return torch.einsum("bhrtj,bjhd->bhrtd", grouped, values).reshape(batch, heads, tokens, dim)
 
 
 def _sum_of_rows(gradient: Tensor, rows: Tensor | None, groups: int) -> Tensor:
