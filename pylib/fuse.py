@@ -55,6 +55,9 @@ def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
             target = _target(module, swaps)
             if target is not None and not _has_own_forward(module):
                 _set_class(module, target)
+            elif hasattr(type(module), "after_fuse"):  # fused before: what was changed since
+                refreshed: Any = module
+                refreshed.after_fuse()
             if type(module) in restorable:
                 restored: Any = module
                 undo += restored.restore_layout()

@@ -41,7 +41,9 @@ class FusedPrompts:
         return bool(module._is_prompt_learning) and _kind(module) in fused
 
     def after_fuse(self: Any) -> None:
-        """After the class was swapped in."""
+        """After the class was swapped in, and when `fuse` comes again."""
+        if _kind(self) in peft_prompt_embed.METHODS:
+            return
         if prefix_attention.unsupported(self.base_model) is None:
             prefix_attention.attach(self.base_model)
 
@@ -196,6 +198,8 @@ def _prefix(model: Any, adapter_names: Sequence[str] | None, counts: bool) -> Pr
 
 def _named(model: Any, adapter_names: Sequence[str]) -> list[str]:
     """The adapters among adapter_names, each once."""
+    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+        raise ValueError(f"adapter_names must be a list of names, got {adapter_names!r}")
     names = list(dict.fromkeys(name for name in adapter_names if name != BASE))
     unknown = [name for name in names if name not in model.peft_config]
     if unknown:

@@ -100,7 +100,7 @@ def unsupported(model: nn.Module) -> str | None:
 def _stack_reason(stack: Stack) -> str | None:
     config: Any = stack.module.config
     name = type(stack.module).__name__
-    implementation = config._attn_implementation or "eager"
+    implementation = (config._attn_implementation or "eager").removeprefix("prefix_")
     if "flex" in implementation or "|" in implementation:
         return f"{implementation} attention has no form with a prefix"
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
