@@ -33,7 +33,8 @@ class PromptModel(BaseTuner):
     batch its own, in training too.
     """
 
-    prefix = "prompt_"
+    # Not part of the layer's own name: PEFT passes over modules that have it in theirs.
+    prefix = "prompt_encoders"
     tuner_layer_cls = PromptLayer
 
     # --- injection --------------------------------------------------------------------------------
@@ -63,11 +64,10 @@ class PromptModel(BaseTuner):
 
     def _forget(self, model: Any, adapter_name: str) -> None:
         layer = getattr(model, NAME, None)
-        if isinstance(layer, PromptLayer):
-            layer.prompt_encoders.pop(adapter_name, None)
-            layer.prompt_configs.pop(adapter_name, None)
-        if not isinstance(layer, PromptLayer) or not layer.prompt_configs:
-            model.__dict__["_modules"].pop(NAME, None)
+        if isinstance(layer, PromptLayer) and adapter_name in layer.prompt_configs:
+            del layer.prompt_encoders[adapter_name], layer.prompt_configs[adapter_name]
+        if layer is not None and not getattr(layer, "prompt_configs", None):
+            delattr(model, NAME)
 
     def _prepare_adapter_config(
         self, peft_config: Any, model_config: dict[str, Any]
@@ -181,7 +181,7 @@ class PromptModel(BaseTuner):
         """The model without prompts, as PEFT's."""
         self._remove_hooks()
         model: nn.Module = super().unload()
-        model.__dict__["_modules"].pop(NAME, None)
+        delattr(model, NAME)
         return model
 
     def _check_merge_allowed(self) -> None:
