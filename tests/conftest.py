@@ -14,6 +14,10 @@ from backends import HOST, forced
 # Triton is about to change its default: a multiplication and an addition may become one FMA.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+# Parameters that are drawn where test files are read, and the tests' names with them, are the same
+# in every process: they share the tests by name.
+torch.manual_seed(0)
+
 
 def pytest_collection_modifyitems(items):
     """Marks what runs on a card, so that `-m gpu` selects it."""
