@@ -17,6 +17,7 @@ from .cases import (
 )
 from .dora_cases import dora_linear_cases
 from .fusion_cases import adapter_fusion_cases
+from .prefix_cases import prefix_attention_cases
 from .timing import Case
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -89,4 +90,5 @@ OPS: dict[str, Callable[[bool, int, int], Iterator[Case]]] = {
     "cross_entropy": cross_entropy_cases,
     "bottleneck": bottleneck_cases,
     "adapter_fusion": adapter_fusion_cases,
+    "prefix_attention": prefix_attention_cases,
 }
