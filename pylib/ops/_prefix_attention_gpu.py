@@ -1,14 +1,111 @@
-"""prefix_attend on a GPU: none yet.
+"""prefix_attend on a GPU, by Triton: one launch forward, one backward and one that sums its shares.
 
 What an implementation is given, and in which order, is what reference/prefix_attention.py says.
 Tensors of [B, H, T, D] and prefixes have contiguous elements in their last dimension and any other
-strides; lse is contiguous. The result may be written over base_out and base_lse, and a dquery that
-is given may be added to in place: the caller gives them up.
+strides; lse is contiguous. The result is written over base_out and base_lse, and a dquery that is
+given is added to in place: the caller gives them up. Heads of more elements than a program holds
+(MOST_DIMS) are torch's, as the reference does them.
 """
 
 from __future__ import annotations
 
-from fusetune.ops._registry import Impl
+from typing import TYPE_CHECKING
 
-GPU_FORWARD: tuple[Impl, ...] = ()
-GPU_BACKWARD: tuple[Impl, ...] = ()
+import torch
+
+from fusetune.ops import _triton
+from fusetune.ops._registry import Impl
+from fusetune.reference import prefix_attention as reference
+
+if TYPE_CHECKING:
+    from fusetune._triton._prefix import Options
+
+Tensor = torch.Tensor
+
+
+def _options(
+    bias: Tensor | None,
+    rows: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    window: int,
+    position: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Options:
+    from fusetune._triton._prefix import Options
+
+    return Options(
+        bias if bias is None or bias.dtype in _triton.DTYPES else bias.float(),
+        None if rows is None else rows.contiguous(),
+        None if lengths is None else lengths.contiguous(),
+        *(scale, window, position, seed),
+        **_triton.mask(dropout_p, seed),
+    )
+
+
+def _forward(
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    base_out: Tensor,
+    base_lse: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    window: int,
+    position: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from fusetune._triton.prefix_attention import MOST_DIMS, launch_prefix_attend
+
+    given = bias, rows, lengths, scale, window, position, dropout_p, seed
+    if query.shape[-1] > MOST_DIMS:
+        prefix = prefix_key, prefix_value
+        return reference.prefix_attend(query, *prefix, base_out, base_lse, *given)
+    lse, arch = base_lse.contiguous(), _triton.capability(query.device)
+    with _triton.on(query.device):
+        launch_prefix_attend(
+            *(query, prefix_key, prefix_value, base_out, lse), _options(*given), arch=arch
+        )
+    return base_out, lse
+
+
+def _backward(
+    dout: Tensor,
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    window: int,
+    position: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    dquery: Tensor | None,
+    need_dquery: bool,
+    need_dprefix: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    from fusetune._triton.prefix_attention import MOST_DIMS
+    from fusetune._triton.prefix_attention_backward import launch_prefix_attend_backward
+
+    tensors = dout, query, prefix_key, prefix_value, out, lse
+    given = bias, rows, lengths, scale, window, position, dropout_p, seed
+    wanted = dquery, need_dquery, need_dprefix
+    if query.shape[-1] > MOST_DIMS:
+        return reference.prefix_attend_backward(*tensors, *given, *wanted)
+    if not (need_dquery or need_dprefix):
+        return None, None, None
+    arch = _triton.capability(query.device)
+    with _triton.on(query.device):
+        return launch_prefix_attend_backward(*tensors, _options(*given), *wanted, arch=arch)
+
+
+GPU_FORWARD = (Impl("triton", _forward, _triton.supports_mixed, 20),)
+GPU_BACKWARD = (Impl("triton", _backward, _triton.supports_mixed, 20),)
