@@ -18,6 +18,7 @@ from .cases import (
 from .dora_cases import dora_linear_cases
 from .fusion_cases import adapter_fusion_cases
 from .prefix_cases import prefix_attention_cases
+from .prompt_cases import prompt_embed_cases
 from .timing import Case
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -91,4 +92,5 @@ OPS: dict[str, Callable[[bool, int, int], Iterator[Case]]] = {
     "bottleneck": bottleneck_cases,
     "adapter_fusion": adapter_fusion_cases,
     "prefix_attention": prefix_attention_cases,
+    "prompt_embed": prompt_embed_cases,
 }
