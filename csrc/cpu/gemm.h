@@ -3,10 +3,10 @@
 // Tiling. A task owns a block of rows x columns of the output and keeps it, transposed and in fp32, in `acc`. For each
 // slice of the reduction it packs the left operand once (transposed, so that lanes are rows), then decodes the
 // weight one column group at a time into a buffer that stays in L1/L2 (on AVX-512 while the group before it is
-// multiplied), and runs register tiles over it. Bytes per task and slice: the 4-bit weight is read once (columns *
-// depth / 2), the left slice once (rows * depth * 4), acc is read and written once (rows * columns * 8, from L2) for
-// rows * columns * depth FMAs. Neither a dequantised weight nor a converted activation exists beyond a slice, but for
-// up to 64 rows, packed once for all tasks.
+// multiplied; for 25 to 32 rows not at all: look_up.h), and runs register tiles over it. Bytes per task and slice: the
+// 4-bit weight is read once (columns * depth / 2), the left slice once (rows * depth * 4), acc is read and written once
+// (rows * columns * 8, from L2) for rows * columns * depth FMAs. Neither a dequantised weight nor a converted
+// activation exists beyond a slice, but for up to 64 rows, packed once for all tasks.
 #pragma once
 #include <algorithm>
 #include <utility>
@@ -168,6 +168,10 @@ struct Block {
       const int64_t depth = std::min(step, term.depth - d);
       if (!term.packed) pack<Elements>(term.left, row, rows, d, depth, packed);
       const float* left = term.packed ? term.packed + d * ld / Weights::elements : packed;
+      if (Weights::looks_up(term.right, rows, columns, d, depth)) {
+        look_up(left, depth, term.right, d);
+        continue;
+      }
       for (int64_t c = 0; c < columns; c += Weights::group) {
         if (!decoded) Weights::read(term.right, column + c, group_size(c), d, depth, buffer);
         int64_t next = c + Weights::group, next_d = d;
@@ -177,6 +181,14 @@ struct Block {
         multiply<Elements>(left, depth, c, term.right, decoded, column + next, next_d);
         if (decoded) std::swap(buffer, next_buffer);
       }
+    }
+  }
+
+  // acc += left . right, without a buffer of decoded weights.
+  void look_up(const float* left, int64_t depth, const Rows& right, int64_t d) {
+    const auto tile = right.quantized->absmax_q ? look_up_tile<true> : look_up_tile<false>;
+    for (int64_t c = 0; c < columns; c += kLookUpColumns) {
+      tile(left, right, static_cast<uint64_t>((column + c) * right.quantized->cols + d), depth, acc + c * ld, ld);
     }
   }
 

@@ -7,6 +7,7 @@
 
 #include "decode_beside.h"
 #include "gemm_micro.h"
+#include "look_up.h"
 #include "rows.h"
 
 namespace fusetune {
@@ -41,6 +42,11 @@ struct RowsAreColumns {
   static bool can_decode_beside(const Rows& rows, int64_t, int64_t d, int64_t steps) {
     return FUSETUNE_ISA::can_decode_beside(rows, d, steps);
   }
+  // Whether look_up.h's tiles are to take them: see there.
+  static bool looks_up(const Rows& rows, int64_t left_rows, int64_t columns, int64_t d, int64_t steps) {
+    return elements == 1 && kLanes == 16 && left_rows > kLanes + Narrow::lanes && left_rows <= kLookUpVectors * kLanes &&
+           columns % kLookUpColumns == 0 && steps % kLookUpRun == 0 && FUSETUNE_ISA::can_decode_beside(rows, d, steps);
+  }
   template <bool nested>
   static Decode<nested> decode_beside(const Rows& rows, int64_t column, int64_t d, int64_t steps, float* dst) {
     return {rows, column, d, steps, dst, column_stride};
@@ -68,6 +74,7 @@ struct RowsAreDepth {
       }
     }
   }
+  static bool looks_up(const Rows&, int64_t, int64_t, int64_t, int64_t) { return false; }
   static bool can_decode_beside(const Rows& rows, int64_t column, int64_t, int64_t steps) {
     return steps % kRun == 0 && FUSETUNE_ISA::can_decode_beside(rows, column, group);
   }

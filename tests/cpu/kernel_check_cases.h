@@ -67,7 +67,7 @@ Result check_dequantize_4bit(const Kernels& kernels) {
 template <class F>
 void for_linear_cases(const F& f) {
   const int64_t shapes[][4] = {{1, 64, 64, 0},  {1, 7, 130, 3},   {3, 33, 192, 1},   {5, 33, 192, 16},
-                               {8, 70, 512, 0}, {33, 40, 320, 8}, {70, 257, 129, 17}};
+                               {8, 70, 512, 0}, {27, 40, 832, 8}, {33, 40, 320, 8}, {70, 257, 129, 17}};
   for (const auto& [m, n, k, rank] : shapes) {
     for (Dtype dtype : kDtypes) {
       for (bool nested : {false, true}) {
@@ -261,6 +261,8 @@ CrossEntropyResults check_cross_entropy(const Kernels& kernels) {
   return results;
 }
 
+#include "kernel_check_prefix.h"
+
 int check_table(const Kernels& kernels) {
   Report report{kernels.isa};
   report("quantize_4bit", check_quantize_4bit(kernels));
@@ -278,5 +280,11 @@ int check_table(const Kernels& kernels) {
   const CrossEntropyResults ce = check_cross_entropy(kernels);
   report("cross_entropy", ce.forward);
   report("cross_entropy_backward", ce.backward);
+  const PrefixResults prefix = check_prefix(kernels);
+  report("prefix_attend: out", prefix.out);
+  report("prefix_attend: lse", prefix.lse);
+  report("prefix_attend: dquery", prefix.dquery);
+  report("prefix_attend: dkey", prefix.dkey);
+  report("prefix_attend: dvalue", prefix.dvalue);
   return report.failures;
 }
