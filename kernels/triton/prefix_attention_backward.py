@@ -181,7 +181,7 @@ class Tiles(NamedTuple):
     apart: bool  # dquery by a launch of its own
 
 
-def tiles(query: torch.dtype, d: int, p: int, n_terms: int) -> Tiles:
+def tiles(query: torch.dtype, d: int, p: int, n_terms: int, dropout: bool) -> Tiles:
     """Chosen so that nothing spills. p: how many keys a prefix has."""
     dims = rank_block(d)
     if n_terms == 0 or query == torch.float32:  # FMA
@@ -190,7 +190,8 @@ def tiles(query: torch.dtype, d: int, p: int, n_terms: int) -> Tiles:
     if dims > 128:
         return Tiles(rows, 16, dims, 64, 8, True)
     cols = min(32 if dims * n_terms < 256 else 16, rank_block(p))
-    return Tiles(rows, cols, dims, dims, 4 if dims * n_terms <= 64 else 8, False)
+    warps, apart = 4 if dims * n_terms <= 64 else 8, dropout and dims * n_terms > 192
+    return Tiles(rows, cols, dims, dims, warps, apart)
 
 
 def _launches(need_dquery: bool, need_dprefix: bool, apart: bool) -> list[tuple[bool, bool]]:
@@ -236,7 +237,8 @@ def launch_prefix_attend_backward(
             if tensor is not None:
                 tensor.zero_()
         return dquery, dkey, dvalue
-    shape = tiles(query.dtype, d, p, n_terms := terms(prefix_key, query.dtype, arch))
+    n_terms = terms(prefix_key, query.dtype, arch)
+    shape = tiles(query.dtype, d, p, n_terms, options.seed is not None)
     segments = batch if options.by_row else 1
     count = query.numel() // (d * heads_kv * segments)
     parts, steps = splits(heads_kv * segments, triton.cdiv(count, shape.rows))
