@@ -1,4 +1,4 @@
-"""examples/adapters_minilm: the encoder is the real one, and every part runs."""
+"""The examples: adapters_minilm's encoder is the real one; every part of each runs."""
 
 import importlib.util
 import json
@@ -98,3 +98,88 @@ def test_every_part_runs(tmp_path):
     assert [row["text"] for row in report["madx"]["rows"]] == ["A", "B", "B"]
     assert (tmp_path / "adapters_minilm.png").stat().st_size > 10_000
     assert "| Houlsby" in result.stdout
+
+
+# --- prompts_smollm2 ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A LLaMA of two layers whose words are those of glosses' categories, and unknown ones."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = ["animal", "plant", "person", "food", "time", "Category", ":", "of", "a", "the", "or"]
+    inner = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(["<unk>", *names])}, unk_token="<unk>")
+    )
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer.save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_prompts_side_by_side(tiny_model, tmp_path, monkeypatch, capsys):
+    from examples import prompts_smollm2
+
+    command = ["prompts_smollm2", "--quick", "--threads", "1", "--base", str(tiny_model)]
+    for part in (["--part", "p-tuning"], []):  # the second run keeps what the first has measured
+        monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path), *part])
+        prompts_smollm2.main()
+    report = json.loads((tmp_path / "prompts-smollm2.json").read_text())
+    rows, length = report["rows"], prompts_smollm2.LENGTH
+    assert set(rows) == {"frozen", *(method.name for method in prompts_smollm2.METHODS)}
+    assert rows["prompt tuning"]["parameters"] == 32 * length
+    assert rows["P-tuning"]["saved"] == 32 * length < rows["P-tuning"]["parameters"]
+    # Keys and values of two layers, 2 heads of 8.
+    assert rows["P-tuning v2"]["parameters"] == 2 * 2 * 16 * length
+    assert rows["prefix tuning"]["saved"] == 2 * 2 * 16 * length
+    assert all(row["loss"] > 0 for row in rows.values())
+    assert (tmp_path / "prompts_smollm2.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "| P-tuning v2" in printed
+    assert "eep prompts are " in printed or "deep prompt is " in printed
+
+
+def test_the_prompts_task(tiny_model):
+    """A token for each category, short glosses; the last token of each row is asked."""
+    from examples import smollm2
+
+    tokenizer = smollm2.load_tokenizer(tiny_model)
+    train, held_out = smollm2.load_tasks(tokenizer, 6, 2)
+    # <unk> is one token too, so that every category of a thousand glosses is there.
+    assert len(train) == 3 * len(held_out) == 6 * 19
+    assert max(map(len, train.ids)) <= smollm2.MOST
+    model = smollm2.load(tiny_model).eval()
+    ids, mask = torch.tensor([[3, 4, 5, 0], [6, 7, 8, 9]]), torch.tensor([[1, 1, 1, 0], [1] * 4])
+    got = smollm2.next_token(model, ids, mask)
+    alone = model(ids[:1, :3]).logits[0, -1]
+    torch.testing.assert_close(got[0], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("losses", "says"),
+    [
+        ((3.0, 2.5, 1.0, 2.0), "Deep prompts are ahead of shallow ones: both"),
+        ((3.0, 1.5, 1.0, 2.0), "but not every deep one is"),
+        ((3.0, 0.5, 1.0, 2.0), "Deep prompts are not ahead"),
+    ],
+)
+def test_the_verdict_is_what_was_measured(losses, says):
+    from examples.prompts_report import DEEP, SHALLOW, verdict
+
+    rows = {n: {"loss": loss} for n, loss in zip((*SHALLOW, *DEEP), losses, strict=True)}
+    assert says in verdict(rows)
+    del rows["P-tuning"]
+    assert verdict(rows) == ""
