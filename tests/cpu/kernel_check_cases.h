@@ -262,6 +262,7 @@ CrossEntropyResults check_cross_entropy(const Kernels& kernels) {
 }
 
 #include "kernel_check_prefix.h"
+#include "kernel_check_prompt.h"
 
 int check_table(const Kernels& kernels) {
   Report report{kernels.isa};
@@ -286,5 +287,9 @@ int check_table(const Kernels& kernels) {
   report("prefix_attend: dquery", prefix.dquery);
   report("prefix_attend: dkey", prefix.dkey);
   report("prefix_attend: dvalue", prefix.dvalue);
+  const PromptResults prompt = check_prompt(kernels);
+  report("prompt_embed", prompt.embed);
+  report("prompt_embed_dprompt", prompt.dprompt);
+  report("prompt_embed_dweight", prompt.dweight);
   return report.failures;
 }
