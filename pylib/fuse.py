@@ -170,11 +170,16 @@ def _transformers() -> types.ModuleType | None:
     return importlib.import_module("fusetune.integrations.transformers")
 
 
-def _adapters() -> types.ModuleType | None:
-    """What knows fusetune's own adapters, which call their op by themselves."""
+def _own_adapter(name: str, module: nn.Module) -> Row | None:
+    """The row of one of fusetune's own adapters, which call their ops by themselves."""
     if "fusetune.methods" not in sys.modules:
         return None
-    return importlib.import_module("fusetune.methods.bottleneck.report")
+    for method in ("bottleneck", "prompts"):
+        report = importlib.import_module(f"fusetune.methods.{method}.report")
+        carried = report.carrier(module)
+        if carried is not None:
+            return Row(name, report.METHOD, *carried)
+    return None
 
 
 def _looker(model: nn.Module) -> Callable[[], list[Row]]:
@@ -193,15 +198,14 @@ def _looker(model: nn.Module) -> Callable[[], list[Row]]:
 def _rows(model: nn.Module) -> list[Row]:
     fused_classes = set(_swaps().values())
     rows = []
-    adapters: Any = _adapters()
     inside: set[nn.Module] = set()  # base layers, which the row of their LoRA layer covers
     for name, module in model.named_modules():
         if module in inside:
             continue
         try:
-            carried = None if adapters is None else adapters.carrier(module)
-            if carried is not None:  # over any module: what is below it has rows of its own
-                rows.append(Row(name, adapters.METHOD, *carried))
+            row = _own_adapter(name, module)
+            if row is not None:  # over any module: what is below it has rows of its own
+                rows.append(row)
                 continue
             row = _row(name, module, fused_classes)
         except ValueError as error:

@@ -18,10 +18,10 @@ import torch
 from peft import PeftType
 from peft.tuners.p_tuning import PromptEncoder
 from peft.tuners.prompt_tuning import PromptEmbedding
-from torch import nn
 
 from fusetune.integrations._guards import call_reason
 from fusetune.integrations._prompt_rows import Prompts, heads_by_row, positions_of, prompts_of
+from fusetune.nn import _token_embedding
 from fusetune.ops._registry import OPS
 from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 
@@ -32,8 +32,6 @@ _PARAMETERS = {  # of the stock forwards, by position
     kind: tuple(inspect.signature(kind.forward).parameters)[1:]
     for kind in (peft.PeftModel, *peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())
 }
-# What makes the output of an embedding require a gradient, for checkpointing; ours does it itself.
-_GRADIENT_HOOKS = {"make_inputs_require_grads", "make_inputs_require_grad"}
 
 
 def stock_reason(model: Any) -> str | None:
@@ -43,7 +41,7 @@ def stock_reason(model: Any) -> str | None:
     encoder = model.prompt_encoder[model.active_adapter]
     if type(encoder) not in (PromptEmbedding, PromptEncoder):
         return f"the prompt encoder is a {type(encoder).__name__}"
-    return _embedding_reason(model.word_embeddings)
+    return _token_embedding.stock_reason(model.word_embeddings)
 
 
 def fused_carrier(model: Any) -> str:
@@ -53,42 +51,12 @@ def fused_carrier(model: Any) -> str:
     return OPS["prompt_embed"].carrier(weight.device.type, weight.dtype, prompt.dtype)
 
 
-def _embedding_reason(embedding: Any) -> str | None:
-    if not isinstance(embedding, nn.Embedding) or _scale(embedding) is None:
-        return f"the token embeddings are a {type(embedding).__name__}"
-    if "forward" in embedding.__dict__:
-        return "the token embeddings have a forward of their own"
-    hooks = [*embedding._forward_hooks.values()]
-    foreign = [hook for hook in hooks if getattr(hook, "__name__", "") not in _GRADIENT_HOOKS]
-    if foreign or embedding._forward_pre_hooks or embedding._backward_hooks:
-        return "the token embeddings have hooks"
-    if type(embedding.weight) is not nn.Parameter or hasattr(embedding.weight, "ds_id"):
-        return "the token embeddings' weight is not a plain parameter"
-    if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
-        return "the token embeddings have max_norm, scale_grad_by_freq or sparse"
-    return None
-
-
-def _scale(embedding: Any) -> float | None:
-    """What the module multiplies embeddings by; None for a class that is not known."""
-    kind = type(embedding)
-    if kind is nn.Embedding:
-        return 1.0
-    ours = kind.__module__.startswith("transformers.models.")
-    if not (ours and kind.__name__.endswith("ScaledWordEmbedding")):
-        return None
-    scale = getattr(embedding, "scalar_embed_scale", embedding.embed_scale)
-    if isinstance(embedding.embed_scale, Tensor):  # then it is rounded to the weight's dtype
-        return float(torch.tensor(scale, dtype=embedding.weight.dtype, device="cpu"))
-    return float(scale)
-
-
 # --- the input ---- -------------------------------------------------------------------------------
 
 
 def _embed(model: Any, input_ids: Tensor, prompts: Prompts) -> Tensor:
     embedding = model.word_embeddings
-    scale = _scale(embedding)
+    scale = _token_embedding.scale_of(embedding)
     assert scale is not None  # stock_reason has looked
     out = prompt_embed(
         input_ids,
@@ -98,9 +66,7 @@ def _embed(model: Any, input_ids: Tensor, prompts: Prompts) -> Tensor:
         scale=scale,
         padding_idx=embedding.padding_idx,
     )
-    if embedding._forward_hooks and torch.is_grad_enabled() and not out.requires_grad:
-        out.requires_grad_(True)
-    return out
+    return _token_embedding.require_grad_as(embedding, out)
 
 
 def _mask(

@@ -67,6 +67,7 @@ def load_peft_prompts(
     prompt = _prompt(tensors.pop(KEY), header, base, geometry, path)
     config = _config(header, base)
     config.inference_mode = not is_trainable
+    required = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
         peft_model = model
@@ -81,6 +82,8 @@ def load_peft_prompts(
             model.delete_adapter(adapter_name)
         else:
             cast(PromptModel, peft_model.base_model).unload()
+        for parameter, before in required:
+            parameter.requires_grad_(before)
         raise
     if is_trainable:
         peft_model.set_requires_grad(adapter_name)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fusetune.methods.prompts.template import Template, extended, fill_rows
+from fusetune.nn import _token_embedding
 from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 
 Tensor = torch.Tensor
@@ -23,12 +24,14 @@ class Turn(NamedTuple):
     """The prompts of one forward.
 
     prompts: [P, H] each; rows: int64 [B], which of them a row has, -1 none, or None: the first.
-    lengths: by row how many positions its prompt has, where rows differ. template: None in front.
+    lengths: by row how many positions its prompt has, where there are rows; uneven: they differ.
+    template: None in front.
     """
 
     prompts: list[Tensor]
     rows: Tensor | None
     lengths: Tensor | None
+    uneven: bool
     template: Template | None
     pseudo_token_id: int
 
@@ -119,17 +122,18 @@ def _per_token(values: Any, shape: Sequence[int]) -> bool:
 
 def _embed(embedding: Any, tokens: Tensor, turn: Turn, places: Tensor | None) -> Tensor:
     prompt = turn.stacked()
-    plain = type(embedding) is nn.Embedding and embedding.max_norm is None
-    if plain and not (embedding._forward_hooks or embedding._forward_pre_hooks):
-        return prompt_embed(
-            tokens,
-            embedding.weight,
-            prompt,
-            positions=places,
-            rows=turn.rows,
-            padding_idx=embedding.padding_idx,
-        )
-    return _joined(embedding(tokens), prompt, turn, places)
+    if _token_embedding.stock_reason(embedding) is not None:
+        return _joined(embedding(tokens), prompt, turn, places)
+    embedded = prompt_embed(
+        tokens,
+        embedding.weight,
+        prompt,
+        positions=places,
+        rows=turn.rows,
+        scale=_token_embedding.scale_of(embedding) or 1.0,
+        padding_idx=embedding.padding_idx,
+    )
+    return _token_embedding.require_grad_as(embedding, embedded)
 
 
 def _joined(embedded: Tensor, prompt: Tensor, turn: Turn, places: Tensor | None) -> Tensor:
@@ -170,7 +174,7 @@ def _extend_in_front(module: Any, values: Arguments, turn: Turn, shape: Sequence
         values["labels"] = extend_labels(values["labels"], length)
     if values.get("position_ids") is not None:
         values["position_ids"] = _positions_in_front(values["position_ids"], turn)
-    elif turn.lengths is not None and len(set(turn.lengths.tolist())) > 1:
+    elif turn.uneven:
         values["position_ids"] = _new_positions(module, turn, shape)
     for name in _SPANS:
         if values.get(name) is not None:

@@ -97,10 +97,10 @@ class EmbeddingHooks:
         prompts = [self.layer.prompt(name) for name in names]
         if rows is None:
             mark = getattr(configs[0], "pseudo_token_id", None)
-            return Turn(prompts, None, None, templates[0], -1 if mark is None else mark)
+            return Turn(prompts, None, None, False, templates[0], -1 if mark is None else mark)
         lengths = [len(prompts[row]) if row >= 0 else 0 for row in rows]
         which, used = (torch.tensor(numbers, device=device) for numbers in (rows, lengths))
-        return Turn(prompts, which, used, None, -1)
+        return Turn(prompts, which, used, len(set(lengths)) > 1, None, -1)
 
 
 def _template(config: Any) -> Template | None:

@@ -25,8 +25,9 @@ class PromptLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("prompt_encoders",)
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
+        self.model = (model,)  # in a tuple, so that it is no submodule of its own part
         self.prompt_encoders: Any = nn.ModuleDict()
         self.prompt_configs: dict[str, PromptConfig] = {}
         # The adapter of each row of the batch, while a call is given adapter_names.

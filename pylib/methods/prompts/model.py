@@ -105,7 +105,7 @@ class PromptModel(BaseTuner):
     ) -> None:
         assert self._built is not None  # _prepare_model has been called
         if not isinstance(target, PromptLayer):
-            target = PromptLayer()
+            target = PromptLayer(parent)
             setattr(parent, target_name, target)
         like = geometry_of(self.model).embedding.weight
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
