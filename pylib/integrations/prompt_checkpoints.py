@@ -49,7 +49,7 @@ def load_peft_prompts(
     PromptEncoderConfig. is_trainable: the prompt is trained further, without an encoder, since a
     file has none.
 
-    Files are read without unpickling code. A model that raises has what it had. Raises
+    Files are read without unpickling code. A model that raises is as it was. Raises
     FileNotFoundError; ValueError naming the file, and the key and shapes of what does not fit.
     """
     _check_model(model)
@@ -105,10 +105,9 @@ def save_peft_prompts(
     if not isinstance(model, PeftModel):
         raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
     _check_model(model)
-    if adapter_name not in model.peft_config:
-        raise ValueError(
-            f"adapter_name: no adapter {adapter_name!r}, only {sorted(model.peft_config)}"
-        )
+    known = sorted(model.peft_config)
+    if adapter_name not in known:
+        raise ValueError(f"adapter_name: no adapter {adapter_name!r}, only {known}")
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"directory: {folder} is a file")
@@ -116,9 +115,8 @@ def save_peft_prompts(
     config: Any = model.peft_config[adapter_name]
     state = peft.get_peft_model_state_dict(model, adapter_name=adapter_name)
     prompts = {k.removeprefix(_OURS): state.pop(k) for k in list(state) if k.startswith(_OURS)}
-    exported, prompt = _export(config, prompts, base)
     tensors = {key.replace("base_model.model.", "base_model.", 1): v for key, v in state.items()}
-    tensors[KEY] = prompt
+    exported, tensors[KEY] = _export(config, prompts, base)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILES.weights).unlink(missing_ok=True)
     from safetensors.torch import save_file
@@ -151,12 +149,12 @@ def _header(path: Path) -> dict[str, Any]:
     if kind == PEFT_TYPE:
         raise ValueError(f"{path} is fusetune's own: use PeftModel.from_pretrained or load_adapter")
     if kind not in TYPES:
-        raise ValueError(f"{path}: peft_type must be one of {list(TYPES)}, got {kind!r}")
+        raise ValueError(f"{path}: peft_type must be one of {TYPES}, got {kind!r}")
     count = header.get("num_virtual_tokens")
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"{path}: num_virtual_tokens must be a positive integer, got {count!r}")
     saved = header.get("modules_to_save")
-    if saved is not None and not all(isinstance(name, str) for name in saved):
+    if not all(isinstance(name, str) for name in saved or ()):
         raise ValueError(f"{path}: modules_to_save must be names of modules, got {saved!r}")
     return header
 
@@ -191,11 +189,9 @@ def _prompt(
         site = next(site for site in geometry.sites if site.name == wanted)
     width = geometry.hidden_size if site is None else site.width
     submodules = header.get("num_transformer_submodules") or 1
-    rows = count if deep else count * submodules
-    if tuple(tensor.shape) != (rows, width):
-        raise ValueError(
-            f"{path}: {KEY} has shape {list(tensor.shape)}, the model needs {[rows, width]}"
-        )
+    needed = [count if deep else count * submodules, width]
+    if (shape := list(tensor.shape)) != needed:
+        raise ValueError(f"{path}: {KEY} has shape {shape}, the model needs {needed}")
     if site is None:
         return {"weight": tensor[:count]}
     if base.config.is_encoder_decoder:
@@ -223,11 +219,10 @@ def _saved_modules(
 ) -> dict[str, Tensor]:
     """The tensors of modules to save by our keys, all checked."""
     expected: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        wrapper: Any = module
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            inside = wrapper.adapter_state_dict(adapter_name, module.state_dict())
-            expected.update({f"{name}.{key}": value for key, value in inside.items()})
+    wrappers: Any = [m for m in model.named_modules() if isinstance(m[1], AuxiliaryTrainingWrapper)]
+    for name, module in wrappers:
+        inside = module.adapter_state_dict(adapter_name, module.state_dict())
+        expected.update({f"{name}.{key}": value for key, value in inside.items()})
     given = {key.replace("base_model.", "base_model.model.", 1): key for key in tensors}
     for key, theirs in given.items():
         shape = list(tensors[theirs].shape)
@@ -236,10 +231,9 @@ def _saved_modules(
         if tensors[theirs].shape != expected[key].shape:
             wanted = list(expected[key].shape)
             raise ValueError(f"{path}: {theirs} has shape {shape}, the model needs {wanted}")
-    missing = [key for key in expected if key not in given]
-    if missing:
-        theirs = missing[0].replace("base_model.model.", "base_model.", 1)
-        raise ValueError(f"{path}: {theirs} {list(expected[missing[0]].shape)} is missing")
+    for key in sorted(expected.keys() - given.keys()):
+        theirs = key.replace("base_model.model.", "base_model.", 1)
+        raise ValueError(f"{path}: {theirs} {list(expected[key].shape)} is missing")
     return {key: tensors[theirs] for key, theirs in given.items()}
 
 
@@ -261,9 +255,8 @@ def _export(
         "num_transformer_submodules": 1,
     }
     if not isinstance(config, DeepPromptConfig):
-        heads = getattr(base.config, "num_attention_heads", None)
-        layers = getattr(base.config, "num_hidden_layers", None)
-        shared.update(num_attention_heads=heads, num_layers=layers)
+        shared["num_attention_heads"] = getattr(base.config, "num_attention_heads", None)
+        shared["num_layers"] = getattr(base.config, "num_hidden_layers", None)
         if isinstance(config, PromptTuningConfig):
             return peft.PromptTuningConfig(**shared), prompts["weight"]
         if not config.parsed.in_front:
@@ -281,7 +274,7 @@ def _export(
             f"self-attention only; this adapter has them for {names}"
         )
     site = next(site for site in geometry.sites if site.name == names[0])
-    tensor = prompts[f"{site.name}.weight"]
+    (tensor,) = prompts.values()
     if site.name == "decoder":
         tensor = _by_part(tensor, site.layers)
         shared["num_transformer_submodules"] = 2

@@ -284,6 +284,28 @@ def test_no_transformers_model():
             get_peft_model(model, make())
 
 
+def rows_of(model):
+    return {row.module: row for row in fusetune.fuse(model, loss=False).rows}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_report_says_what_carries_a_prompt(kind):
+    model, _ = prompted("llama", KINDS[kind], dtype=torch.float32)
+    name = "base_model.model.prompt_layer"
+    row = rows_of(model)[name]
+    assert (row.method, row.backend, row.reason) == ("prompts", "cpu", None)
+    with model.disable_adapter():
+        assert rows_of(model)[name].reason == "adapters are disabled, or none is active"
+    base_model = model.get_base_model()
+    if layer(model).prompt_configs["default"].deep:
+        base_model.set_attn_implementation("eager")
+        logits(model, {"input_ids": torch.ones(1, 3, dtype=torch.long)})
+        assert "eager" in rows_of(model)[name].reason
+    else:
+        base_model.get_input_embeddings().register_forward_hook(lambda *_: None)
+        assert rows_of(model)[name].reason == "the token embeddings have hooks"
+
+
 def test_public_names():
     for name in ("PrefixTuningConfig", "PTuningV2Config", "PTuningConfig", "PromptTuningConfig"):
         assert name in dir(fusetune)

@@ -198,7 +198,7 @@ def _within(index: Tensor, ids: Sequence[int]) -> Tensor:
     return (index >= 0) & (index < len(ids))
 
 
-def _codes(part: Part, pseudo_token_id: int) -> list[int]:
+def _codes(part: int | str | tuple[int, ...], pseudo_token_id: int) -> list[int]:
     if isinstance(part, int):
         return [pseudo_token_id] * part
     if isinstance(part, str):
