@@ -40,6 +40,8 @@ def prefix_attention(
     # As a model has them: heads behind tokens, and a layer's prefix in PEFT's flat weight.
     query, upper = (_behind(torch.randn(batch, tokens, heads, dim).to(dtype)) for _ in range(2))
     key, value = (_behind(torch.randn(batch, keys, kv_heads, dim).to(dtype)) for _ in range(2))
+    if tokens == 1:  # a cache has them as they are attended to
+        key, value = key.contiguous(), value.contiguous()
     groups = max(rows) + 1 if rows else 1
     flat = torch.randn(groups, prefix, 6, kv_heads, dim)
     causal = tokens == keys and tokens > 1

@@ -14,7 +14,7 @@ struct PrefixCase {
   Stored query{batch * heads * tokens, dim, dtype}, base{batch * heads * tokens, dim, dtype};
   Stored dout{batch * heads * tokens, dim, dtype}, dquery{batch * heads * tokens, dim, dtype};
   Stored key{groups * count * kv_heads, dim, dtype}, value{groups * count * kv_heads, dim, dtype};
-  Floats base_lse, bias;
+  Floats base_lse{}, bias{};
   static constexpr float kScale = 0.3f;
   static constexpr int64_t kPosition = 2;
 
