@@ -329,3 +329,16 @@ def test_a_prompt_learns(family, kind):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.05, losses
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p-tuning v2"])
+def test_compiles(kind):
+    """In one graph, and what is active is looked at again."""
+    model, inputs = prompted("llama", KINDS[kind], names=("a", "b"))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for name in ("a", "b", "a"):
+        model.set_adapter(name)
+        torch.testing.assert_close(logits(compiled, inputs), logits(model, inputs))
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(compiled, inputs), logits(model, inputs))
