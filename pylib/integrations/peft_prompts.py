@@ -57,11 +57,11 @@ class FusedPrompts:
         """As the stock class; adapter_names: an adapter for each row, "__base__" for none."""
         if self._adapters_disabled or self.stock_reason() is not None:
             _refuse(self, adapter_names)
-            return super().forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         if _kind(self) in peft_prompt_embed.METHODS:
             return peft_prompt_embed.forward(self, args, kwargs, adapter_names)
         with _prefixed(self, adapter_names, counts=True):
-            return super().forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def generate(
         self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
@@ -69,15 +69,15 @@ class FusedPrompts:
         """As the stock class; adapter_names as in `forward`."""
         if self._adapters_disabled or self.stock_reason() is not None:
             _refuse(self, adapter_names)
-            return super().generate(*args, **kwargs)
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
         if _kind(self) in peft_prompt_embed.METHODS:
             return peft_prompt_embed.generate(self, args, kwargs, adapter_names)
         with _prefixed(self, adapter_names, counts=False):
-            return super().generate(*args, **kwargs)
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def get_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As the stock class; no cache where the prefix goes to the attention."""
-        return None if _ACTIVE in self.__dict__ else super().get_prompt(*args, **kwargs)
+        return None if _ACTIVE in self.__dict__ else super().get_prompt(*args, **kwargs)  # type: ignore[misc]
 
     def _setup_prompt_encoder(self: Any, adapter_name: str) -> None:
         """As the stock class, but not refusing a model that checkpoints, as that one has to."""
@@ -86,7 +86,7 @@ class FusedPrompts:
         try:
             for module in lifted:
                 module.gradient_checkpointing = False
-            super()._setup_prompt_encoder(adapter_name)
+            super()._setup_prompt_encoder(adapter_name)  # type: ignore[misc]
         finally:
             for module in lifted:
                 module.gradient_checkpointing = True
@@ -96,7 +96,7 @@ class FusedPrompts:
         if self._adapters_disabled:
             return "adapters are disabled"
         if reason := self.stock_reason():
-            return reason  # type: ignore[no-any-return]
+            return reason
         if _kind(self) in peft_prompt_embed.METHODS:
             return None
         reason = prefix_attention.joined_reason(self.base_model) or self.fused_carrier()[1]
@@ -248,16 +248,16 @@ class _Generating(FusedPrompts):
         if peft_prompt_embed.ACTIVE in self.__dict__:
             return peft_prompt_embed.prepare_inputs(self, args, kwargs)
         if _ACTIVE not in self.__dict__:
-            return super().prepare_inputs_for_generation(*args, **kwargs)
+            return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         kwargs.pop("task_ids", None)
         return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
 
 
-class FusedCausalLM(_Generating, peft.PeftModelForCausalLM):
+class FusedCausalLM(_Generating, peft.PeftModelForCausalLM):  # type: ignore[misc]
     stock_class = peft.PeftModelForCausalLM
 
 
-class FusedSeq2SeqLM(_Generating, peft.PeftModelForSeq2SeqLM):
+class FusedSeq2SeqLM(_Generating, peft.PeftModelForSeq2SeqLM):  # type: ignore[misc]
     stock_class = peft.PeftModelForSeq2SeqLM
 
 

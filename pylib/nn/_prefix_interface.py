@@ -63,13 +63,13 @@ def switched_config(config: Any) -> bool:
 def stock_name(stack: nn.Module) -> str:
     """The name of the stock attention function, switched or not."""
     config: Any = stack.config
-    return (config._attn_implementation or "eager").removeprefix(_NAME)  # type: ignore[no-any-return]
+    return (config._attn_implementation or "eager").removeprefix(_NAME)
 
 
 def _configs(stack: nn.Module) -> list[Any]:
     """The configurations that the stack and its attention modules ask, each once."""
     asked = [m for m in stack.modules() if PLACE in m.__dict__]
-    return list({id(m.config): m.config for m in (stack, *asked)}.values())  # type: ignore[union-attr]
+    return list({id(m.config): m.config for m in (stack, *asked)}.values())
 
 
 # --- the function ---- ----------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def _knowing_prefixes(name: str) -> Callable[..., Pair]:
         place = module.__dict__.get(PLACE)
         segment = None if call is None else call.segments.get(place)
         if call is None or segment is None:
-            return stock(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+            return stock(module, query, key, value, attention_mask, **kwargs)
         if _reason(stock, module, query, key, value, attention_mask, segment, kwargs) is not None:
             return joined(
                 stock, name, module, query, key, value, attention_mask, call, segment, kwargs
@@ -98,7 +98,7 @@ def _stock(module: Any, name: str) -> Callable[..., Pair]:
     """The function that the module's own file would have given it."""
     namespace = inspect.unwrap(type(module).forward).__globals__
     eager = namespace.get("eager_attention_forward")
-    return namespace["ALL_ATTENTION_FUNCTIONS"].get_interface(name, eager)  # type: ignore[no-any-return]
+    return namespace["ALL_ATTENTION_FUNCTIONS"].get_interface(name, eager)
 
 
 def joined_reason(stack: nn.Module) -> str | None:

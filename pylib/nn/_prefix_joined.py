@@ -102,7 +102,7 @@ def _seen(call: Call, query: Tensor, window: int | None) -> Tensor | None:
         own = torch.where(call.rows >= 0, own, 0)
     own = own[:, None, None, None]
     seen = j < own
-    if windowed:
+    if window is not None and windowed:
         i = torch.arange(tokens, device=query.device)[:, None]
         seen = seen & (own + call.position + i - j < window)
     return seen

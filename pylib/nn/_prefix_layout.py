@@ -60,17 +60,21 @@ def stacks(model: Any) -> list[Stack]:
 
 def is_attention(module: nn.Module) -> bool:
     """Whether a module is a layer's attention that looks its function up in the interface."""
-    return hasattr(module, "layer_idx") and "ALL_ATTENTION_FUNCTIONS" in _names(type(module))
+    return hasattr(module, "layer_idx") and "ALL_ATTENTION_FUNCTIONS" in _names(_kind(module))
+
+
+def _kind(module: nn.Module) -> Any:
+    return type(module)
 
 
 @functools.cache
-def _names(kind: type[nn.Module]) -> tuple[str, ...]:
+def _names(kind: Any) -> tuple[str, ...]:
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return () if code is None else tuple(code.co_names)
 
 
 @functools.cache
-def parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+def parameters(kind: Any) -> tuple[str, ...]:
     """The names of a forward's parameters that may be given by position, self left out."""
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     given = inspect.signature(kind.forward).parameters.values()
@@ -78,7 +82,7 @@ def parameters(kind: type[nn.Module]) -> tuple[str, ...]:
 
 
 @functools.cache
-def _takes_keywords(kind: type[nn.Module]) -> bool:
+def _takes_keywords(kind: Any) -> bool:
     given = inspect.signature(kind.forward).parameters.values()
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in given)
 
@@ -121,11 +125,11 @@ def _stack_reason(stack: Stack) -> str | None:
 
 def movable(stack: nn.Module) -> bool:
     """Whether positions can be moved: an argument, a module of positions, or relative ones."""
-    if "position_ids" in parameters(type(stack)):
+    if "position_ids" in parameters(_kind(stack)):
         return True
     embed = getattr(stack, "embed_positions", None)
     if embed is not None:
-        return "past_key_values_length" in parameters(type(embed))
+        return "past_key_values_length" in parameters(_kind(embed))
     return bias_owner(stack) is not None
 
 
@@ -147,7 +151,7 @@ def _path_reason(stack: Stack, inside: str) -> str | None:
     for part in inside.split("."):
         path.append(path[-1].get_submodule(part))
     for module in path:
-        if not isinstance(module, nn.ModuleList) and not _takes_keywords(type(module)):
+        if not isinstance(module, nn.ModuleList) and not _takes_keywords(_kind(module)):
             return f"{type(module).__name__} does not pass keyword arguments on to its attention"
     if not any(isinstance(module, GradientCheckpointingLayer) for module in path):
         return f"the layers of {type(stack.module).__name__} are not GradientCheckpointingLayers"

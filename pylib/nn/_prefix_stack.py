@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fusetune.nn._prefix_layout import Stack, bias_owner, parameters
+from fusetune.nn._prefix_layout import Stack, _kind, bias_owner, parameters
 
 if TYPE_CHECKING:
     from fusetune.nn.prefix_attention import Prefix
@@ -78,7 +78,7 @@ def remove(stack: nn.Module) -> None:
 
 def held(stack: nn.Module) -> tuple[tuple[str, int], ...]:
     """The places of an installed stack's attention modules."""
-    return stack.__dict__[_PLACES]  # type: ignore[no-any-return]
+    return stack.__dict__[_PLACES]
 
 
 def checkpointed_layers(stack: Stack) -> dict[str, list[tuple[str, int]]]:
@@ -107,7 +107,7 @@ def _enter_stack(
     own = held(stack)
     if prefix is None or not any(place in prefix.layers for place, _ in own):
         return None
-    names = parameters(type(stack))
+    names = parameters(_kind(stack))
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
@@ -199,7 +199,7 @@ def _default_positions(
     stack: Any, call: Call, tokens: Tensor, shift: int | Tensor
 ) -> Tensor | None:
     """What the model would take without `position_ids`, moved."""
-    embeddings = getattr(stack, "embeddings", None)
+    embeddings: Any = getattr(stack, "embeddings", None)
     if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa: padding stays put
         if tokens.dim() != 2:
             return None  # from embeddings it counts without regard to a cache
@@ -213,9 +213,9 @@ def _default_positions(
 def _position_module(stack: Any) -> nn.Module | None:
     """The module of learned or sinusoidal positions that counts them itself (BART, OPT)."""
     embed = stack._modules.get("embed_positions")
-    if embed is None or "past_key_values_length" not in parameters(type(embed)):
+    if embed is None or "past_key_values_length" not in parameters(_kind(embed)):
         return None
-    return embed  # type: ignore[no-any-return]
+    return embed
 
 
 def _move_embedded(embed: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Any:
@@ -223,7 +223,7 @@ def _move_embedded(embed: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     shift = embed.__dict__.pop(_SHIFT, None)
     if shift is None:
         return None
-    given = {**dict(zip(parameters(type(embed)), args, strict=False)), **kwargs}
+    given = {**dict(zip(parameters(_kind(embed)), args, strict=False)), **kwargs}
     if isinstance(shift, int):
         return embed.forward(**_moved(given, shift))
     by_row = [embed.forward(**_moved(given, row)).expand(1, *out.shape[-2:]) for row in shift[:, 0]]
