@@ -1,13 +1,12 @@
 """`pip install .`: the wheel holds all of the package, native module included."""
 
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
-import pytest
+import aarch64
 from one_at_a_time import alone
 
 ROOT = Path(__file__).parent.parent
@@ -54,21 +53,11 @@ def test_wheel_works_elsewhere(tmp_path):
 
 def test_wheel_for_another_machine(tmp_path):
     """Built by a cross compiler: the wheel and its native module are for aarch64."""
-    compilers = {"CC": "aarch64-linux-gnu-gcc", "CXX": "aarch64-linux-gnu-g++"}
-    for compiler in compilers.values():
-        if not shutil.which(compiler):
-            pytest.skip(f"{compiler} is not installed")
-    suffix = f".cpython-{sys.version_info.major}{sys.version_info.minor}-aarch64-linux-gnu.so"
-    target = {
-        "FUSETUNE_TARGET_MACHINE": "aarch64",
-        "_PYTHON_HOST_PLATFORM": "linux-aarch64",
-        "SETUPTOOLS_EXT_SUFFIX": suffix,
-    }
-    build_wheel(tmp_path, {**os.environ, **compilers, **target})
+    build_wheel(tmp_path, aarch64.environment())
     (wheel,) = tmp_path.glob("fusetune-*-linux_aarch64.whl")
     with zipfile.ZipFile(wheel) as archive:
         modules = [name for name in archive.namelist() if name.endswith(".so")]
-        assert modules == [f"fusetune/_C{suffix}"]
+        assert modules == [f"fusetune/_C{aarch64.SUFFIX}"]
         header = archive.read(modules[0])[:20]
     assert header[:5] == b"\x7fELF\x02"
     assert int.from_bytes(header[18:], "little") == 183  # EM_AARCH64

@@ -7,11 +7,13 @@ import os
 import runpy
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import aarch64
 import pytest
 from one_at_a_time import alone
 
@@ -21,13 +23,23 @@ ROOT = Path(__file__).parents[2]
 SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def build(machine: str, compiler: str, flags: list[str]) -> Path:
-    """The driver, compiled as setup.py compiles the extension; kept until a source changes."""
+DRIVER = Path(__file__).with_name("kernel_check.cpp")
+
+
+def rules_for(machine: str) -> dict[str, Any]:
+    """setup.py's names, and "jobs": what it compiles, without the bindings."""
     with (
         mock.patch("setuptools.setup"),
         mock.patch.dict(os.environ, {"FUSETUNE_TARGET_MACHINE": machine}),
     ):
         rules = runpy.run_path(str(ROOT / "setup.py"))
+    jobs = [job for job in rules["compile_jobs"]() if not job[0].name.startswith("bindings")]
+    return {**rules, "jobs": jobs}
+
+
+def build(machine: str, compiler: str, flags: list[str]) -> Path:
+    """The driver, compiled as setup.py compiles the extension; kept until a source changes."""
+    rules = rules_for(machine)
     sources = [*sorted((ROOT / "csrc").rglob("*")), *sorted(Path(__file__).parent.glob("kernel_*"))]
     content = hashlib.sha256(repr((compiler, flags, rules["CXXFLAGS"], rules["ISAS"])).encode())
     for path in sources:
@@ -41,8 +53,7 @@ def build(machine: str, compiler: str, flags: list[str]) -> Path:
 
 def compiled(rules: dict[str, Any], compiler: str, flags: list[str], driver: Path) -> Path:
     folder = driver.parent
-    jobs = [job for job in rules["compile_jobs"]() if not job[0].name.startswith("bindings")]
-    jobs.append((Path(__file__).with_name("kernel_check.cpp"), "common", []))
+    jobs = [*rules["jobs"], (DRIVER, "common", [])]
 
     def compile_one(job: tuple[Path, str, list[str]]) -> str:
         source, isa, isa_flags = job
@@ -60,8 +71,8 @@ def compiled(rules: dict[str, Any], compiler: str, flags: list[str], driver: Pat
     return driver
 
 
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+def run(command: list[str], environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -85,14 +96,24 @@ def test_with_sanitizers(sanitized):
     assert {line.split()[0] for line in lines} == set(_native.C.available_isas())
 
 
-def test_neon_under_qemu():
-    compiler = "aarch64-linux-gnu-g++"
+def test_neon_under_qemu(tmp_path):
+    """With the objects of the wheel for aarch64 (tests/test_packaging.py): setup.py keeps them."""
+    environment = aarch64.environment()
     qemu = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
-    for tool, found in ((compiler, shutil.which(compiler)), ("qemu-aarch64", qemu)):
-        if not found:
-            pytest.skip(f"{tool} is not installed")
-    driver = build("aarch64", compiler, ["-static"])
-    lines = run([str(qemu), str(driver)]).splitlines()
+    if not qemu:
+        pytest.skip("qemu-aarch64 is not installed")
+    build = ROOT / "build"
+    with alone(build):
+        run([sys.executable, "setup.py", "-q", "build_ext", f"-b{tmp_path}"], environment)
+    rules = rules_for("aarch64")
+    objects = [
+        str(build / "temp.aarch64" / isa / source.relative_to(ROOT).with_suffix(".o"))
+        for source, isa, _ in rules["jobs"]
+    ]
+    driver = str(tmp_path / "kernel_check")
+    flags = [*rules["CXXFLAGS"], "-static", f"-I{ROOT / 'csrc'}"]
+    run([aarch64.COMPILERS["CXX"], *flags, str(DRIVER), *objects, "-o", driver, "-lpthread"])
+    lines = run([qemu, driver]).splitlines()
     assert {line.split()[0] for line in lines} == {"neon", "scalar"}
 
 
