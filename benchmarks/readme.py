@@ -3,10 +3,11 @@
     python -m benchmarks.readme                       from benchmarks/results/
     python -m benchmarks.readme --demo demo_output    takes over a demo's report and picture first
     python -m benchmarks.readme --adapters adapters_output    likewise, of examples.adapters_minilm
+    python -m benchmarks.readme --prompts prompts_output      likewise, of examples.prompts_smollm2
     python -m benchmarks.readme --check               exit code 1 when README.md is out of date
 
 A table stands between <!-- results:NAME --> and <!-- end -->, NAME an op, "demo",
-"adapters", or "report" for what `fuse` says of a small model.
+"adapters", "prompts", or "report" for what `fuse` says of a small model.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import fusetune
 from benchmarks import bound
-from examples import adapters_report
+from examples import adapters_report, prompts_report
 from fusetune.bench import table
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +30,8 @@ PREDICTED = RESULTS / "predicted.json"
 BUDGETS = ROOT / "tests" / "compile" / "budgets.json"
 PICTURE = ROOT / "docs" / "demo.png"
 ADAPTERS = RESULTS / "adapters-minilm.json"
+PROMPTS = RESULTS / "prompts-smollm2.json"
+PROMPTS_PICTURE = ROOT / "docs" / "prompts_smollm2.png"
 ADAPTERS_PICTURE = ROOT / "docs" / "adapters_minilm.png"
 
 
@@ -36,6 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme")
     parser.add_argument("--demo", type=Path, help="output folder of a demo to take over")
     parser.add_argument("--adapters", type=Path, help="output folder of examples.adapters_minilm")
+    parser.add_argument("--prompts", type=Path, help="output folder of examples.prompts_smollm2")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     if options.demo:
@@ -45,6 +49,9 @@ def main() -> int:
     if options.adapters:
         shutil.copy(options.adapters / ADAPTERS_PICTURE.name, ADAPTERS_PICTURE)
         ADAPTERS.write_text((options.adapters / ADAPTERS.name).read_text())
+    if options.prompts:
+        shutil.copy(options.prompts / PROMPTS_PICTURE.name, PROMPTS_PICTURE)
+        PROMPTS.write_text((options.prompts / PROMPTS.name).read_text())
     before = README.read_text()
     after = re.sub(
         r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)",
@@ -68,6 +75,10 @@ def section(name: str) -> str:
         return budgets_table(json.loads(BUDGETS.read_text()))
     if name == "adapters":
         return f"{adapters_report.tables(json.loads(ADAPTERS.read_text()))}\n"
+    if name == "prompts":
+        if not PROMPTS.exists():
+            return "Not measured yet.\n"
+        return f"{prompts_report.table(json.loads(PROMPTS.read_text()))}\n"
     return demo_table() if name == "demo" else op_tables(name)
 
 

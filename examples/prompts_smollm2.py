@@ -45,7 +45,7 @@ QUICK = (4, 1, 2)
 
 @dataclass(frozen=True)
 class Method:
-    """`config`: PEFT's, from the tokenizer's folder. rate: learning rate. deep: in every layer."""
+    """`config`: PEFT's, from the tokenizer's folder. rate: the best of two or three short trials."""
 
     name: str
     rate: float
@@ -68,16 +68,16 @@ METHODS = (
         3e-2,
         lambda folder: fusetune.PromptTuningConfig(init="sampled_vocab", init_seed=0, **PROMPT),
     ),
-    Method("P-tuning", 1e-3, _template, template=True),
-    Method("P-tuning v2", 1e-2, lambda folder: fusetune.PTuningV2Config(**PROMPT)),
+    Method("P-tuning", 3e-3, _template, template=True),
+    Method("P-tuning v2", 3e-2, lambda folder: fusetune.PTuningV2Config(**PROMPT)),
     Method(
         "prefix tuning",
-        2e-3,
+        5e-3,
         lambda folder: fusetune.PrefixTuningConfig(prefix_projection=True, **PROMPT),
     ),
     Method(
         "LoRA",
-        1e-3,
+        2e-3,
         lambda folder: LoraConfig(
             r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
