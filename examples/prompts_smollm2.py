@@ -45,7 +45,7 @@ QUICK = (4, 1, 2)
 
 @dataclass(frozen=True)
 class Method:
-    """`config`: PEFT's, from the tokenizer's folder. rate: the best of two or three short trials."""
+    """`config`: PEFT's, from the tokenizer's folder. rate: learning rate, from short trials."""
 
     name: str
     rate: float
