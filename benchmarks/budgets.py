@@ -230,8 +230,8 @@ def _one_thread() -> None:
 def _kept(part: str, sources: Iterable[str], find: Callable[[], Found]) -> Found:
     """What `find` finds, once for every state of the sources."""
     key = hashlib.sha256(repr((toolchain(), sys.version)).encode())
-    own = ["benchmarks/budgets.py", "benchmarks/gpu_kernels.py", "benchmarks/gpu_launches.py"]
-    for name in (*own, *sources):
+    own = ("budgets", "gpu_kernels", "gpu_launches", "gpu_prompts")
+    for name in (*(f"benchmarks/{file}.py" for file in own), *sources):
         path = ROOT / name
         files = (
             sorted(p for p in path.rglob("*") if p.suffix in _SOURCES) if path.is_dir() else [path]

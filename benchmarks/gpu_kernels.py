@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from benchmarks import gpu_launches as launches
+from benchmarks import gpu_prompts as prompts
 from benchmarks.gpu_launches import DROPOUT, Sizes
 
 Backend = Literal["triton", "cuda"]
@@ -202,6 +203,59 @@ TRITON = (
         ("wide loads", "wide stores"),
         small=Sizes(16, 3, 768),
         full=Sizes(2048, 8, 768),
+    ),
+    *(
+        Case(
+            name,
+            "triton",
+            kernel,
+            call,
+            needs,
+            small=Sizes(64, 32, 64),
+            full=Sizes(512, 32, 128),
+        )
+        for name, kernel, call, needs in (
+            ("prefix_attend", "_prefix_attend", prompts.prefix_attend, _MATMUL),
+            (
+                "prefix_attend, fp32 prefix, dropout",
+                "_prefix_attend",
+                lambda s, arch: prompts.prefix_attend(s, arch, prefix=torch.float32, dropout=True),
+                _MATMUL,
+            ),
+            (
+                "prefix_attend_backward",
+                "_prefix_attend_backward",
+                lambda s, arch: prompts.prefix_attend(s, arch, backward=True),
+                _MATMUL,
+            ),
+            (
+                "prefix_attend_backward, fp32 prefix",
+                "_prefix_attend_backward",
+                lambda s, arch: prompts.prefix_attend(s, arch, True, torch.float32),
+                _MATMUL,
+            ),
+            (
+                "prefix_attend_backward, sums",
+                "_sum_prefix",
+                lambda s, arch: prompts.prefix_attend(s, arch, backward=True),
+                _WIDE,
+            ),
+        )
+    ),
+    *(
+        Case(
+            name,
+            "triton",
+            kernel,
+            lambda s, arch, backward=backward: prompts.prompt_embed(s, arch, backward),
+            needs,
+            small=Sizes(24, 8, 1024),
+            full=Sizes(512, 20, 2048),
+        )
+        for name, kernel, backward, needs in (
+            ("prompt_embed", "_prompt_embed", False, ()),
+            ("prompt_embed_dprompt", "_dprompt", True, ()),
+        )
     ),
 )
 
