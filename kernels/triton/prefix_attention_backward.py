@@ -291,6 +291,6 @@ def launch_prefix_attend_backward(
             enable_fp_fusion=True,
             num_stages=1,
         )
-    if need_dprefix:
+    if dkey is not None and dvalue is not None:
         sum_prefix(shares, options.rows, parts, dkey, dvalue)
     return dquery, dkey, dvalue

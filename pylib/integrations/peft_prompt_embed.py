@@ -28,9 +28,9 @@ from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 Tensor = torch.Tensor
 METHODS = {PeftType.PROMPT_TUNING: "prompt tuning", PeftType.P_TUNING: "p-tuning"}
 ACTIVE = "_fusetune_generation"  # in the PeftModel, within generate
+_KINDS: tuple[Any, ...] = (peft.PeftModel, *peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())
 _PARAMETERS = {  # of the stock forwards, by position
-    kind: tuple(inspect.signature(kind.forward).parameters)[1:]
-    for kind in (peft.PeftModel, *peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())
+    kind: tuple(inspect.signature(kind.forward).parameters)[1:] for kind in _KINDS
 }
 
 
@@ -89,7 +89,8 @@ def forward(
     """What the stock class' forward gives; `names`: adapters by row."""
     stock = type(model).stock_class
     given = {**dict(zip(_PARAMETERS[stock], args, strict=False)), **kwargs}
-    input_ids, mask = given.get("input_ids"), given.get("attention_mask")
+    input_ids: Any = given.get("input_ids")
+    mask = given.get("attention_mask")
     reason = call_reason(input_ids)
     if given.get("inputs_embeds") is not None or (mask is not None and mask.dim() != 2):
         reason = "inputs_embeds or a mask of more than two dimensions was given"
@@ -190,7 +191,8 @@ def prepare_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     generation: _Generation = model.__dict__[ACTIVE]
     stock = type(model).stock_class.prepare_inputs_for_generation
     given = model.base_model_prepare_inputs_for_generation(*args, **kwargs)
-    input_ids, mask = given.get("input_ids"), given.get("attention_mask")
+    input_ids: Any = given.get("input_ids")
+    mask = given.get("attention_mask")
     if input_ids is None or isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
         if generation.names is not None:
             raise ValueError("adapter_names: generate with a dynamic cache and from input_ids")

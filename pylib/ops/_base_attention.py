@@ -77,7 +77,7 @@ def attend_backward(
     if kernel == "flash":
         tokens, keys = query.shape[2], key.shape[2]
         nothing = torch.empty(0, dtype=torch.int64, device=query.device)  # of dropout
-        return aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
+        return aten._scaled_dot_product_flash_attention_backward(
             *(dout, query, key, value, out, lse, None, None, tokens, keys, 0.0, causal),
             *(nothing, nothing),
             scale=scale,

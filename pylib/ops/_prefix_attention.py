@@ -159,19 +159,22 @@ class _PrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         given = Given(*saved[7:], *ctx.scalars)
-        return None, *_backward(dout, *saved[:7], given, ctx.needs_input_grad[1:])
+        arguments: tuple[Any, ...] = (dout, *saved[:7], given, ctx.needs_input_grad[1:])
+        return None, *_backward(*arguments)
 
 
 # --- torch.library: what torch.compile, export and fake tensors see -------------------------------
 
 
 def _op_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _forward(*arguments[:5], Given(*arguments[5:]))
+    inputs: tuple[Any, ...] = (*arguments[:5], Given(*arguments[5:]))
+    return _forward(*inputs)
 
 
 def _op_backward_run(*arguments: Any) -> list[Tensor]:
     *tensors, needs = arguments[:9]
-    gradients = _backward(*tensors, Given(*arguments[9:]), tuple(needs))
+    inputs: tuple[Any, ...] = (*tensors, Given(*arguments[9:]), tuple(needs))
+    gradients = _backward(*inputs)
     laid_out = [g if g is None else _by_tokens(g) for g in gradients[:3]]
     return [g for g in (*laid_out, *gradients[3:]) if g is not None]
 

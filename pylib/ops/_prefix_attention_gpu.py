@@ -9,7 +9,7 @@ given is added to in place: the caller gives them up. Heads of more elements tha
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -61,7 +61,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from fusetune._triton.prefix_attention import MOST_DIMS, launch_prefix_attend
 
-    given = bias, rows, lengths, scale, window, position, dropout_p, seed
+    given: tuple[Any, ...] = (bias, rows, lengths, scale, window, position, dropout_p, seed)
     if query.shape[-1] > MOST_DIMS:
         prefix = prefix_key, prefix_value
         return reference.prefix_attend(query, *prefix, base_out, base_lse, *given)
@@ -96,10 +96,10 @@ def _backward(
     from fusetune._triton.prefix_attention_backward import launch_prefix_attend_backward
 
     tensors = dout, query, prefix_key, prefix_value, out, lse
-    given = bias, rows, lengths, scale, window, position, dropout_p, seed
+    given: tuple[Any, ...] = (bias, rows, lengths, scale, window, position, dropout_p, seed)
     wanted = dquery, need_dquery, need_dprefix
     if query.shape[-1] > MOST_DIMS:
-        return reference.prefix_attend_backward(*tensors, *given, *wanted)
+        return reference.prefix_attend_backward(*tensors, *(*given, *wanted))
     if not (need_dquery or need_dprefix):
         return None, None, None
     arch = _triton.capability(query.device)
