@@ -20,6 +20,8 @@ from .bottleneck_cases import bottleneck
 from .cases import EXACT, NAMES, quantized
 from .dora_cases import dora_linear
 from .fusion_cases import adapter_fusion
+from .prefix_cases import prefix_attention
+from .prompt_cases import prompt_embed
 from .timing import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,6 +43,10 @@ def triton_cases() -> Iterator[Case]:
         yield bottleneck(37, 104, 20, dtype, activation="gelu", dropout=0.3)
         yield bottleneck(40, 72, 5, dtype, rows=[7, 0, 33])
         yield adapter_fusion(9, 3, 72, dtype, train=True, dropout=0.3)
+        yield prefix_attention(2, 4, 2, 9, 9, 20, 7, dtype, train=True)
+        options: dict[str, Any] = {"dropout": 0.3, "rows": [1, -1, 0]}
+        yield prefix_attention(3, 2, 2, 5, 8, 40, 20, dtype, train=True, **options)
+        yield prompt_embed(3, 5, 4, 40, 50, dtype, rows=[1, -1, 0], positions=[0, 2, 3, 7])
 
 
 def cuda_cases() -> Iterator[Case]:
