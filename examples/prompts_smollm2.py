@@ -9,7 +9,11 @@ Writes OUT/prompts-smollm2.json and OUT/prompts_smollm2.png, and prints the tabl
 The task is to name the category of a WordNet gloss as the next token (smollm2.py). All prompts have
 LENGTH trained positions: as input embeddings in prompt tuning and P-tuning (v1), where the sequence
 grows by them, and as keys and values of every layer in P-tuning v2 and prefix tuning. All methods
-see the same batches in the same order.
+see the same batches in the same order, from one seed.
+
+The learning rates are no sweep: prompt tuning and LoRA had one trial, P-tuning and P-tuning v2 two,
+prefix tuning two at full length, and trials were judged on held-out glosses. Differences of the
+size of those between prompts may turn with more trials or another seed.
 """
 
 from __future__ import annotations
