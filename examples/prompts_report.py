@@ -45,7 +45,8 @@ def table(report: dict[str, Any]) -> str:
     parts = [
         f"{setting['labels']} categories; {setting['train']:,} glosses to train on, "
         f"{setting['steps']} steps of {setting['batch']}; {setting['held_out']} held out; prompts "
-        f"of {setting['length']}; one seed, learning rates from one or two trials:",
+        f"of {setting['length']}; one seed, learning rates from "
+        "one to three trials on held-out glosses, prefix tuning's from a whole run:",
         text,
         verdict(report["rows"]),
         f"On {setting['cpu']}, {setting['threads']} threads.",
