@@ -36,9 +36,9 @@ class Given(NamedTuple):
     position: int
     dropout_p: float
 
-    def of_prefix(self) -> tuple[Any, ...]:
-        """Those of prefix_attend, in its order."""
-        return (
+    def of_prefix(self) -> reference.Options:
+        """Those that concern the prefix."""
+        return reference.Options(
             *(self.bias, self.rows, self.lengths, self.scale),
             *(self.window, self.position, self.dropout_p, self.seed),
         )
@@ -108,7 +108,7 @@ def _forward(
     out, lse = _base_attention.attend(query, key, value, given.mask, given.causal, given.scale)
     run = OP.run(query.device.type, query.dtype, prefix_key.dtype)
     prefix = _strided(prefix_key), _strided(prefix_value)
-    merged, lse = run(_strided(query), *prefix, out, lse, *given.of_prefix())
+    merged, lse = run(_strided(query), *prefix, out, lse, given.of_prefix())
     return _by_tokens(merged), lse.contiguous()
 
 
@@ -137,7 +137,7 @@ def _backward(
     need_dprefix = needs[3] or needs[4]
     dquery, dprefix_key, dprefix_value = run(
         *(dout, _strided(query), *prefix, out, lse),
-        *(*given.of_prefix(), dquery, needs[0], need_dprefix),
+        *(given.of_prefix(), dquery, needs[0], need_dprefix),
     )
     gradients = (dquery, dkey, dvalue, dprefix_key, dprefix_value)
     return [g if need else None for g, need in zip(gradients, needs, strict=True)]

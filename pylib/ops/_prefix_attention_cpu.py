@@ -8,6 +8,7 @@ import torch
 
 from fusetune.ops import _cpu
 from fusetune.ops._registry import Impl
+from fusetune.reference.prefix_attention import Options
 
 Tensor = torch.Tensor
 _NONE = (0, 0, 0, 0, 0)
@@ -43,18 +44,20 @@ def _distances(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
 
 
+def _native(options: Options, query: Tensor) -> Options:
+    """The options as `_prefix` describes them."""
+    return options._replace(
+        bias=_expanded(options.bias, query.shape[0], query.shape[1]),
+        rows=_contiguous(options.rows),
+        lengths=_contiguous(options.lengths),
+    )
+
+
 def _prefix(
     query: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    lengths: Tensor | None,
-    scale: float,
-    window: int,
-    position: int,
-    dropout_p: float,
-    seed: Tensor | None,
+    options: Options,
 ) -> tuple[Any, ...]:
     """The kernels' description of a prefix and of the queries. The tensors must outlive it."""
     batch, heads, tokens, dim = query.shape
@@ -64,13 +67,13 @@ def _prefix(
         _heads(query),
         _heads(prefix_key.transpose(1, 2)),
         _heads(prefix_value.transpose(1, 2)),
-        _distances(bias),
-        _address(rows),
-        _address(lengths),
-        scale,
-        window,
-        position,
-        _cpu.dropout(dropout_p, seed),
+        _distances(options.bias),
+        _address(options.rows),
+        _address(options.lengths),
+        options.scale,
+        options.window,
+        options.position,
+        _cpu.dropout(options.dropout_p, options.seed),
     )
 
 
@@ -80,22 +83,11 @@ def _forward(
     prefix_value: Tensor,
     base_out: Tensor,
     base_lse: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    lengths: Tensor | None,
-    scale: float,
-    window: int,
-    position: int,
-    dropout_p: float,
-    seed: Tensor | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
-    bias = _expanded(bias, query.shape[0], query.shape[1])
-    rows, lengths = _contiguous(rows), _contiguous(lengths)
+    options = _native(options, query)
     lse = _cpu.empty(*query.shape[:3], dtype=torch.float32)
-    prefix = _prefix(
-        *(query, prefix_key, prefix_value, bias, rows, lengths),
-        *(scale, window, position, dropout_p, seed),
-    )
+    prefix = _prefix(query, prefix_key, prefix_value, options)
     _cpu.kernels().prefix_attend(prefix, _heads(base_out), _distances(base_lse), lse.data_ptr())
     return base_out, lse
 
@@ -107,20 +99,12 @@ def _backward(
     prefix_value: Tensor,
     out: Tensor,
     lse: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    lengths: Tensor | None,
-    scale: float,
-    window: int,
-    position: int,
-    dropout_p: float,
-    seed: Tensor | None,
+    options: Options,
     dquery: Tensor | None,
     need_dquery: bool,
     need_dprefix: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    bias = _expanded(bias, query.shape[0], query.shape[1])
-    rows, lengths = _contiguous(rows), _contiguous(lengths)
+    options = _native(options, query)
     add = dquery is not None
     if not need_dquery:
         dquery = None
@@ -130,10 +114,7 @@ def _backward(
     shape = prefix_key.shape
     dkey = _cpu.empty(*shape, dtype=torch.float32) if need_dprefix else None
     dvalue = _cpu.empty(*shape, dtype=torch.float32) if need_dprefix else None
-    prefix = _prefix(
-        *(query, prefix_key, prefix_value, bias, rows, lengths),
-        *(scale, window, position, dropout_p, seed),
-    )
+    prefix = _prefix(query, prefix_key, prefix_value, options)
     _cpu.kernels().prefix_attend_backward(
         *(prefix, _heads(dout), _heads(out), lse.data_ptr()),
         *(_heads(dquery), add, _address(dkey), _address(dvalue)),

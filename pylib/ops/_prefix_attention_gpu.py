@@ -9,33 +9,26 @@ given is added to in place: the caller gives them up. Heads of more elements tha
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from fusetune.ops import _triton
 from fusetune.ops._registry import Impl
 from fusetune.reference import prefix_attention as reference
+from fusetune.reference.prefix_attention import Options
 
 if TYPE_CHECKING:
-    from fusetune._triton._prefix import Options
+    from fusetune._triton._prefix import Options as LaunchOptions
 
 Tensor = torch.Tensor
 
 
-def _options(
-    bias: Tensor | None,
-    rows: Tensor | None,
-    lengths: Tensor | None,
-    scale: float,
-    window: int,
-    position: int,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Options:
-    from fusetune._triton._prefix import Options
+def _launch_options(options: Options) -> LaunchOptions:
+    from fusetune._triton._prefix import Options as LaunchOptions
 
-    return Options(
+    bias, rows, lengths, scale, window, position, dropout_p, seed = options
+    return LaunchOptions(
         bias if bias is None or bias.dtype in _triton.DTYPES else bias.float(),
         None if rows is None else rows.contiguous(),
         None if lengths is None else lengths.contiguous(),
@@ -50,25 +43,17 @@ def _forward(
     prefix_value: Tensor,
     base_out: Tensor,
     base_lse: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    lengths: Tensor | None,
-    scale: float,
-    window: int,
-    position: int,
-    dropout_p: float,
-    seed: Tensor | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     from fusetune._triton.prefix_attention import MOST_DIMS, launch_prefix_attend
 
-    given: tuple[Any, ...] = (bias, rows, lengths, scale, window, position, dropout_p, seed)
     if query.shape[-1] > MOST_DIMS:
         prefix = prefix_key, prefix_value
-        return reference.prefix_attend(query, *prefix, base_out, base_lse, *given)
+        return reference.prefix_attend(query, *prefix, base_out, base_lse, options)
     lse, arch = base_lse.contiguous(), _triton.capability(query.device)
     with _triton.on(query.device):
         launch_prefix_attend(
-            *(query, prefix_key, prefix_value, base_out, lse), _options(*given), arch=arch
+            *(query, prefix_key, prefix_value, base_out, lse), _launch_options(options), arch=arch
         )
     return base_out, lse
 
@@ -80,14 +65,7 @@ def _backward(
     prefix_value: Tensor,
     out: Tensor,
     lse: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    lengths: Tensor | None,
-    scale: float,
-    window: int,
-    position: int,
-    dropout_p: float,
-    seed: Tensor | None,
+    options: Options,
     dquery: Tensor | None,
     need_dquery: bool,
     need_dprefix: bool,
@@ -96,15 +74,14 @@ def _backward(
     from fusetune._triton.prefix_attention_backward import launch_prefix_attend_backward
 
     tensors = dout, query, prefix_key, prefix_value, out, lse
-    given: tuple[Any, ...] = (bias, rows, lengths, scale, window, position, dropout_p, seed)
     wanted = dquery, need_dquery, need_dprefix
     if query.shape[-1] > MOST_DIMS:
-        return reference.prefix_attend_backward(*tensors, *(*given, *wanted))
+        return reference.prefix_attend_backward(*tensors, options, *wanted)
     if not (need_dquery or need_dprefix):
         return None, None, None
     arch = _triton.capability(query.device)
     with _triton.on(query.device):
-        return launch_prefix_attend_backward(*tensors, _options(*given), *wanted, arch=arch)
+        return launch_prefix_attend_backward(*tensors, _launch_options(options), *wanted, arch=arch)
 
 
 GPU_FORWARD = (Impl("triton", _forward, _triton.supports_mixed, 20),)

@@ -21,6 +21,8 @@ A log-sum-exp of +inf stands for a row that attends to nothing: e^(s - lse) is 0
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from fusetune.reference.dropout import dropout
@@ -29,38 +31,43 @@ from fusetune.reference.linear_4bit import accumulate_dtype
 Tensor = torch.Tensor
 
 
+class Options(NamedTuple):
+    """How queries [B, Hq, T, D] attend to prefixes [G, P, Hkv, D].
+
+    bias: [1 or B, 1 or Hq, T, P], added to scores; rows: int64 [B], which prefix a batch row has,
+    -1 none (None: all have the first); lengths: int64 [G], how many of the P keys a prefix has.
+    window > 0: prefix key j of n is seen by query i where n + position + i - j < window. seed: the
+    elements of keys and values are dropped out, for each batch row by itself, with the mask of a
+    matrix [2 B, P Hkv D]: the keys, then the values.
+    """
+
+    bias: Tensor | None = None
+    rows: Tensor | None = None
+    lengths: Tensor | None = None
+    scale: float = 1.0
+    window: int = 0
+    position: int = 0
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+
+
 def prefix_attend(
     query: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
     base_out: Tensor,
     base_lse: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    lengths: Tensor | None,
-    scale: float,
-    window: int,
-    position: int,
-    dropout_p: float,
-    seed: Tensor | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """query [B, Hq, T, D], prefixes [G, P, Hkv, D], base_out like query, base_lse [B, Hq, T].
-
-    bias: [1 or B, 1 or Hq, T, P]; rows: int64 [B], which prefix a batch row has, -1 none (None: all
-    have the first); lengths: int64 [G], how many of the P keys a prefix has. window > 0: prefix key
-    j of n is seen by query i where n + position + i - j < window. seed: the elements of keys and
-    values are dropped out, for each batch row by itself, with the mask of a matrix [2 B, P Hkv D]:
-    the keys, then the values.
 
     base_lse is +inf or -inf in rows that attend to nothing, whatever base_out is there; a NaN is
     kept. Returns out like query and lse [B, Hq, T], fp32 (float64 for float64), +inf where there is
     nothing to attend to, and out 0.
     """
     acc = accumulate_dtype(query.dtype)
-    keys, values = _of_each_row(
-        prefix_key, prefix_value, rows, query.shape[0], dropout_p, seed, acc
-    )
-    scores = _scores(query.to(acc), keys, bias, rows, lengths, scale, window, position)
+    keys, values = _of_each_row(prefix_key, prefix_value, options, query.shape[0], acc)
+    scores = _scores(query.to(acc), keys, options)
     base_lse = base_lse.to(acc)
     base_lse = base_lse.masked_fill(base_lse.isinf(), -torch.inf)
     lse = torch.logaddexp(base_lse, scores.logsumexp(-1))
@@ -78,14 +85,7 @@ def prefix_attend_backward(
     prefix_value: Tensor,
     out: Tensor,
     lse: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    lengths: Tensor | None,
-    scale: float,
-    window: int,
-    position: int,
-    dropout_p: float,
-    seed: Tensor | None,
+    options: Options,
     dquery: Tensor | None,
     need_dquery: bool,
     need_dprefix: bool,
@@ -98,14 +98,14 @@ def prefix_attend_backward(
     acc = accumulate_dtype(query.dtype)
     batch, heads, tokens, dim = query.shape
     groups, count, kv_heads, _ = prefix_key.shape
-    keys, values = _of_each_row(prefix_key, prefix_value, rows, batch, dropout_p, seed, acc)
-    scores = _scores(query.to(acc), keys, bias, rows, lengths, scale, window, position)
+    keys, values = _of_each_row(prefix_key, prefix_value, options, batch, acc)
+    scores = _scores(query.to(acc), keys, options)
     p = (scores - lse.to(acc).unsqueeze(-1)).exp()
     upper = dout.to(acc)
     delta = (upper * out.to(acc)).sum(-1, keepdim=True)
     by_group = (batch, kv_heads, heads // kv_heads, tokens)
     dp = torch.einsum("bhrtd,bjhd->bhrtj", upper.view(*by_group, dim), values).reshape(p.shape)
-    ds = scale * p * (dp - delta)
+    ds = options.scale * p * (dp - delta)
     if need_dquery:
         added = _attended(ds, keys)
         added = added if dquery is None else added + dquery.to(acc)
@@ -118,40 +118,32 @@ def prefix_attend_backward(
     )
     dvalues = torch.einsum("bhrtj,bhrtd->bjhd", p.view(grouped), upper.view(*by_group, dim))
     both = torch.cat([dkeys.reshape(batch, -1), dvalues.reshape(batch, -1)])
-    dkeys, dvalues = dropout(both, dropout_p, seed).view(2, *dkeys.shape).unbind()
-    dprefix_key = _sum_of_rows(dkeys, rows, groups).to(prefix_key.dtype)
-    dprefix_value = _sum_of_rows(dvalues, rows, groups).to(prefix_value.dtype)
+    dkeys, dvalues = dropout(both, options.dropout_p, options.seed).view(2, *dkeys.shape).unbind()
+    dprefix_key = _sum_of_rows(dkeys, options.rows, groups).to(prefix_key.dtype)
+    dprefix_value = _sum_of_rows(dvalues, options.rows, groups).to(prefix_value.dtype)
     return dquery if need_dquery else None, dprefix_key, dprefix_value
 
 
 def _of_each_row(
     prefix_key: Tensor,
     prefix_value: Tensor,
-    rows: Tensor | None,
+    options: Options,
     batch: int,
-    dropout_p: float,
-    seed: Tensor | None,
     acc: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Keys and values [B, P, Hkv, D] of each batch row, dropped out."""
     both = torch.stack([prefix_key.to(acc), prefix_value.to(acc)])  # [2, G, P, Hkv, D]
+    rows = options.rows
     which = rows.clamp(min=0) if rows is not None else prefix_key.new_zeros(batch).long()
     both = both[:, which]
-    keys, values = dropout(both.reshape(2 * batch, -1), dropout_p, seed).view(both.shape).unbind()
+    dropped = dropout(both.reshape(2 * batch, -1), options.dropout_p, options.seed)
+    keys, values = dropped.view(both.shape).unbind()
     return keys, values
 
 
-def _scores(
-    query: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    lengths: Tensor | None,
-    scale: float,
-    window: int,
-    position: int,
-) -> Tensor:
+def _scores(query: Tensor, keys: Tensor, options: Options) -> Tensor:
     """[B, Hq, T, P], -inf where a key is not seen."""
+    bias, rows, lengths, scale, window, position = options[:6]
     batch, heads, tokens, dim = query.shape
     count, kv_heads = keys.shape[1:3]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, tokens, dim)

@@ -57,11 +57,11 @@ def check(
     # As a flat weight of several layers has it.
     layers = torch.randn(groups, count, 3, 2, heads_kv, d).to(prefix or dtype)
     key, value = layers[:, :, 1].unbind(2)
-    options = (bias, rows, lengths, d**-0.5, window, position, p, new_seed(query.device))
-    options = options if p else (*options[:-1], None)
+    seed = new_seed(query.device) if p else None
+    options = reference.Options(bias, rows, lengths, d**-0.5, window, position, p, seed)
 
-    exact = reference.prefix_attend(*double((query, key, value, base, lse)), *options)
-    out, sums = run("prefix_attend", query, key, query, key, value, base, lse, *options)
+    exact = reference.prefix_attend(*double((query, key, value, base, lse)), options)
+    out, sums = run("prefix_attend", query, key, query, key, value, base, lse, options)
     assert_same(out, exact[0], "out")
     none = exact[1].isinf()
     assert torch.equal(sums.isinf(), none)
@@ -77,8 +77,8 @@ def check(
     )
     dquery = by_tokens(b, heads, t, d, dtype) if given else None
     wide = None if dquery is None else dquery.double()
-    exact = reference.prefix_attend_backward(*double(tensors), *options, wide, True, True)
-    found = run("prefix_attend_backward", query, key, *tensors, *options, dquery, True, True)
+    exact = reference.prefix_attend_backward(*double(tensors), options, wide, True, True)
+    found = run("prefix_attend_backward", query, key, *tensors, options, dquery, True, True)
     for name, got, expected in zip(("query", "key", "value"), found, exact, strict=True):
         assert_same(got, expected, f"d{name}")
 
@@ -128,8 +128,8 @@ def test_nothing_to_attend_to():
         check((2, 2, 1, 3, 16, 0), F32, masked=True, given=False)
         query, base = torch.randn(1, 1, 2, 16), torch.randn(1, 1, 2, 16)
         key, lse = torch.randn(1, 3, 1, 16), torch.tensor([[[torch.nan, 0.0]]])
-        options = (None, None, None, 1.0, 0, 0, 0.0, None)
-        out, _ = run("prefix_attend", query, key, query, key, key, base, lse, *options)
+        options = reference.Options(scale=1.0)
+        out, _ = run("prefix_attend", query, key, query, key, key, base, lse, options)
         assert out.isnan().all(-1).tolist() == [[[True, False]]]
     assert {launch.kernel for launch in sim.launches} == {"_prefix_attend"}
 
@@ -138,11 +138,11 @@ def test_only_what_is_needed():
     """And the same bits every time; in place of what is given."""
     query, dout = by_tokens(2, 4, 70, 16, F32), by_tokens(2, 4, 70, 16, F32)
     key, lse = torch.randn(1, 20, 2, 16), torch.full((2, 4, 70), 3.0)
-    options = (None, None, None, 0.25, 0, 0, 0.0, None)
+    options = reference.Options(scale=0.25)
 
     def backward(dquery, *needs):
         name, tensors = "prefix_attend_backward", (dout, query, key, key, dout, lse)
-        return run(name, query, key, *tensors, *options, dquery, *needs)
+        return run(name, query, key, *tensors, options, dquery, *needs)
 
     with simulated("triton-sim") as sim:
         dquery, dkey, dvalue = backward(None, True, True)
@@ -169,10 +169,10 @@ def test_bytes():
     query, base, dout, dquery = (by_tokens(b, heads, t, d, BF16) for _ in range(4))
     key, value = (torch.randn(1, count, heads_kv, d).to(BF16) for _ in range(2))
     lse = torch.zeros(b, heads, t)
-    options = (None, None, None, 0.125, 0, 0, 0.0, None)
+    options = reference.Options(scale=0.125)
     with simulated("triton-sim") as sim:
-        out, lse = run("prefix_attend", query, key, query, key, value, base, lse, *options)
-        tensors = (dout, query, key, value, out, lse, *options, dquery, True, True)
+        out, lse = run("prefix_attend", query, key, query, key, value, base, lse, options)
+        tensors = (dout, query, key, value, out, lse, options, dquery, True, True)
         run("prefix_attend_backward", query, key, *tensors)
     forward, backward, sums = sim.launches
     matrix, numbers = query.nbytes, lse.nbytes
