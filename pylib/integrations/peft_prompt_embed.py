@@ -21,7 +21,7 @@ from peft.tuners.prompt_tuning import PromptEmbedding
 
 from fusetune.integrations._guards import call_reason
 from fusetune.integrations._prompt_rows import Prompts, heads_by_row, positions_of, prompts_of
-from fusetune.nn import _token_embedding
+from fusetune.nn import _token_embedding, cache_argument
 from fusetune.ops._registry import OPS
 from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 
@@ -201,7 +201,7 @@ def prepare_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     prompts = generation.prompts_of(model, len(input_ids))
     if prompts is None:
         return given
-    cache = given.get("past_key_values")
+    cache = cache_argument.given(given)
     past = 0 if cache is None else cache.get_seq_length()
     if past >= input_ids.shape[1]:  # the cache has the prompt too
         input_ids = given["input_ids"] = input_ids[:, -1:]

@@ -9,6 +9,7 @@ peft_prompt_embed.py.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import nn
 
 from fusetune.integrations import peft_prompt_embed
 from fusetune.integrations._guards import carrier
-from fusetune.nn import prefix_attention
+from fusetune.nn import cache_argument, prefix_attention
 from fusetune.nn.prefix_attention import Prefix
 
 _ACTIVE = "_fusetune_prefix_counts"  # in the PeftModel: within a forward or generate of a prefix
@@ -79,6 +80,18 @@ class FusedPrompts:
         """As the stock class; no cache where the prefix goes to the attention."""
         return None if _ACTIVE in self.__dict__ else super().get_prompt(*args, **kwargs)  # type: ignore[misc]
 
+    def _prefix_tuning_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class, and also where the model's cache has the name of transformers 5.24.
+
+        PEFT 0.21 looks for the older one in the model, then in its backbone, and gives up.
+        """
+        backbone = self.base_model.get_submodule(self.transformer_backbone_name)
+        models = (self.base_model, backbone)
+        known = any(cache_argument.NAMES[1] in _parameters(model) for model in models)
+        if known or _ACTIVE not in self.__dict__:
+            return super()._prefix_tuning_forward(*args, **kwargs)  # type: ignore[misc]
+        return self.base_model(*args, **kwargs)
+
     def _setup_prompt_encoder(self: Any, adapter_name: str) -> None:
         """As the stock class, but not refusing a model that checkpoints, as that one has to."""
         flagged = [m for m in self.modules() if getattr(m, "gradient_checkpointing", False)]
@@ -126,6 +139,10 @@ class FusedPrompts:
     @property
     def present_method(self: Any) -> str:
         return peft_prompt_embed.METHODS.get(_kind(self), self.method)
+
+
+def _parameters(model: Any) -> Any:
+    return inspect.signature(model.forward).parameters
 
 
 def _kind(model: Any) -> Any:

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from fusetune.nn import cache_argument
+
 _CROSS = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)
 
 
@@ -129,7 +131,7 @@ def movable(stack: nn.Module) -> bool:
         return True
     embed = getattr(stack, "embed_positions", None)
     if embed is not None:
-        return "past_key_values_length" in parameters(_kind(embed))
+        return cache_argument.length_name(parameters(_kind(embed))) is not None
     return bias_owner(stack) is not None
 
 

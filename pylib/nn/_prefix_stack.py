@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fusetune.nn import cache_argument
 from fusetune.nn._prefix_layout import Stack, _kind, bias_owner, parameters
 
 if TYPE_CHECKING:
@@ -113,12 +114,12 @@ def _enter_stack(
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     if tokens is None:
         return None  # the model's own complaint
-    call = _call(stack, prefix, tokens, kwargs.get("past_key_values"))
+    call = _call(stack, prefix, tokens, cache_argument.given(kwargs))
     if any(place != "cross" and place in prefix.layers for place, _ in own):
         _move(stack, call, names, tokens, kwargs)
     if (
         kwargs.get("use_cache") is None
-        and kwargs.get("past_key_values") is None
+        and cache_argument.given(kwargs) is None
         and "use_cache" in names
         and stack.training
         and torch.is_grad_enabled()
@@ -178,7 +179,7 @@ def _move(
         kwargs["position_ids"] = _default_positions(stack, call, tokens, shift)
         return
     kwargs["position_ids"] = given + shift
-    if mask is None and kwargs.get("past_key_values") is None and "attention_mask" in names:
+    if mask is None and cache_argument.given(kwargs) is None and "attention_mask" in names:
         # Positions without mask or cache would be taken for packed sequences, which a model with
         # a prefix in its cache never sees.
         kwargs["attention_mask"] = tokens.new_ones(tokens.shape[:2], dtype=torch.long)
@@ -213,7 +214,7 @@ def _default_positions(
 def _position_module(stack: Any) -> nn.Module | None:
     """The module of learned or sinusoidal positions that counts them itself (BART, OPT)."""
     embed = stack._modules.get("embed_positions")
-    if embed is None or "past_key_values_length" not in parameters(_kind(embed)):
+    if embed is None or cache_argument.length_name(parameters(_kind(embed))) is None:
         return None
     return embed
 
@@ -225,15 +226,19 @@ def _move_embedded(embed: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ou
         return None
     given = {**dict(zip(parameters(_kind(embed)), args, strict=False)), **kwargs}
     if isinstance(shift, int):
-        return embed.forward(**_moved(given, shift))
-    by_row = [embed.forward(**_moved(given, row)).expand(1, *out.shape[-2:]) for row in shift[:, 0]]
+        return embed.forward(**_moved(embed, given, shift))
+    by_row = [
+        embed.forward(**_moved(embed, given, row)).expand(1, *out.shape[-2:]) for row in shift[:, 0]
+    ]
     return torch.cat(by_row)
 
 
-def _moved(given: dict[str, Any], shift: int | Tensor) -> dict[str, Any]:
+def _moved(embed: Any, given: dict[str, Any], shift: int | Tensor) -> dict[str, Any]:
     positions = given.get("position_ids")
     if positions is None:
-        return {**given, "past_key_values_length": given.get("past_key_values_length", 0) + shift}
+        name = cache_argument.length_name(parameters(_kind(embed)))
+        assert name is not None  # _position_module has looked
+        return {**given, name: given.get(name, 0) + shift}
     # OPT gives padding the position -1.
     return {**given, "position_ids": torch.where(positions < 0, positions, positions + shift)}
 

@@ -3,9 +3,12 @@
 from contextlib import nullcontext
 
 import pytest
+import stock_peft
 import torch
 
 from fusetune import ops
+
+stock_peft.patch()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,10 @@
 """Models of a few thousand parameters with bottleneck adapters that are not near the identity."""
 
 import pytest
+import stock_peft
 import torch
+
+stock_peft.patch()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from fusetune.nn import cache_argument
+
 # Where the batch's size is read, in this order.
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids")
 
@@ -18,7 +20,7 @@ def repeat_inputs(
     Labels are too, so that a loss is the mean over all. Raises ValueError with a cache, which would
     grow by the repetition at every step.
     """
-    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+    if cache_argument.given(kwargs) is not None or kwargs.get("use_cache"):
         raise ValueError(
             "Parallel repeats inputs at every call, which does not go with a cache (generate()): "
             "repeat the inputs once and activate BatchSplit instead"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fusetune.methods.prompts.template import Template, extended, fill_rows
-from fusetune.nn import _token_embedding
+from fusetune.nn import _token_embedding, cache_argument
 from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 
 Tensor = torch.Tensor
@@ -69,9 +69,9 @@ def named(module: Any, args: Sequence[Any], kwargs: Arguments) -> Arguments:
 def check(values: Arguments) -> None:
     """Raises ValueError for a mask or a cache without room for a prompt."""
     check_mask(values.get("attention_mask"))
-    if getattr(values.get("past_key_values"), "is_compileable", False):
+    if getattr(cache_argument.given(values), "is_compileable", False):
         raise ValueError(
-            "past_key_values: a static cache has no room for the prompt; in generate leave "
+            "cache: a static one has no room for the prompt; in generate leave "
             "cache_implementation out"
         )
 
@@ -245,7 +245,7 @@ def _fill(values: Arguments, turn: Turn) -> Tensor:
             f"input_ids: the template has {turn.template.slots} slots, and the input no "
             f"pseudo-tokens (id {turn.pseudo_token_id}): make it by PTuningConfig.fill"
         )
-    if mask is not None and values.get("past_key_values") is not None and _holes(mask):
+    if mask is not None and cache_argument.given(values) is not None and _holes(mask):
         raise ValueError("attention_mask: with a template, padding must be at the left to generate")
     filled = fill_rows(ids, mask, *turn.template.around(turn.pseudo_token_id))
     if mask is not None:
@@ -272,7 +272,7 @@ def continue_after_cache(values: Arguments, turn: Turn, new: int) -> None:
     if turn.template is not None and turn.template.slots != 1:
         return  # the pseudo-tokens were in the input, and are counted
     if mask is not None:
-        total = int(values["past_key_values"].get_seq_length()) + new
+        total = int(cache_argument.given(values).get_seq_length()) + new
         if turn.template is not None and mask.shape[1] == total:
             return  # so they were here
         if mask.shape[1] + turn.added != total:
@@ -283,7 +283,7 @@ def continue_after_cache(values: Arguments, turn: Turn, new: int) -> None:
         values["attention_mask"] = longer_mask(mask, turn)
     elif turn.lengths is not None:
         # generate leaves a mask of ones out; prompts shorter than the longest must not be seen.
-        total = int(values["past_key_values"].get_seq_length()) + new
+        total = int(cache_argument.given(values).get_seq_length()) + new
         values["attention_mask"] = longer_mask(_ones(turn.lengths, total - turn.added), turn)
     if positions is not None:
         added: Any = turn.added if turn.lengths is None else turn.lengths[:, None]

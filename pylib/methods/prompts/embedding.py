@@ -16,6 +16,7 @@ from fusetune.methods.prompts.arguments import Arguments, Turn
 from fusetune.methods.prompts.layer import PromptLayer
 from fusetune.methods.prompts.shallow_config import PTuningConfig
 from fusetune.methods.prompts.template import Template
+from fusetune.nn import cache_argument
 
 Tensor = torch.Tensor
 
@@ -50,7 +51,7 @@ class EmbeddingHooks:
         if given is None or turn is None:
             return None
         arguments.check(values)
-        cache = values.get("past_key_values")
+        cache = cache_argument.given(values)
         if cache is not None and cache.get_seq_length() > 0:
             arguments.continue_after_cache(values, turn, given.shape[1])
         elif values.get("inputs_embeds") is not None:
