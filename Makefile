@@ -6,6 +6,8 @@ VENV ?= .venv
 # On a machine without an NVIDIA GPU the CPU build of torch saves gigabytes:
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
+# Releases known to go together.
+CONSTRAINTS ?= -c constraints.txt
 DEMO_ARGS ?=
 TEST_ARGS ?=
 # As many tests at once as there are cores.
@@ -48,8 +50,8 @@ $(VENV)/torch:
 	touch $@
 
 # What pyproject.toml asks for, and the native module; once more when either changes.
-$(VENV)/built: $(VENV)/torch pyproject.toml $(SOURCES)
-	$(PIP) install --no-build-isolation -e ".[test]"
+$(VENV)/built: $(VENV)/torch pyproject.toml constraints.txt $(SOURCES)
+	$(PIP) install $(CONSTRAINTS) --no-build-isolation -e ".[test]"
 	touch $@
 
 clean:

@@ -31,6 +31,7 @@ BUDGETS = ROOT / "tests" / "compile" / "budgets.json"
 PICTURE = ROOT / "docs" / "demo.png"
 ADAPTERS = RESULTS / "adapters-minilm.json"
 PROMPTS = RESULTS / "prompts-smollm2.json"
+PROMPTS_RATES = RESULTS / "prompts-rates.json"
 PROMPTS_PICTURE = ROOT / "docs" / "prompts_smollm2.png"
 ADAPTERS_PICTURE = ROOT / "docs" / "adapters_minilm.png"
 
@@ -51,7 +52,8 @@ def main() -> int:
         ADAPTERS.write_text((options.adapters / ADAPTERS.name).read_text())
     if options.prompts:
         shutil.copy(options.prompts / PROMPTS_PICTURE.name, PROMPTS_PICTURE)
-        PROMPTS.write_text((options.prompts / PROMPTS.name).read_text())
+        for path in (PROMPTS, PROMPTS_RATES):
+            path.write_text((options.prompts / path.name).read_text())
     before = README.read_text()
     after = re.sub(
         r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)",

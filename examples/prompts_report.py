@@ -31,7 +31,7 @@ def table(report: dict[str, Any]) -> str:
         rows.append(
             (
                 name,
-                f"{row['loss']:.2f}",
+                _with_range(row),
                 f"{row['accuracy']:.1%}",
                 f"{row['parameters']:,}",
                 f"{row['saved']:,}" if "saved" in row else "",
@@ -44,9 +44,9 @@ def table(report: dict[str, Any]) -> str:
     text = tabulate(rows, headers, tablefmt="pipe", colalign=align, disable_numparse=True)
     parts = [
         f"{setting['labels']} categories; {setting['train']:,} glosses to train on, "
-        f"{setting['steps']} steps of {setting['batch']}; {setting['held_out']} held out; prompts "
-        f"of {setting['length']}; one seed, learning rates from "
-        "one to three trials on held-out glosses, prefix tuning's from a whole run:",
+        f"{setting['steps']} steps of {setting['batch']}; {setting['held_out']} held out; "
+        f"prompts of {setting['length']}. Means of {setting['seeds']} seeds; each learning rate is "
+        "the best of four on further glosses:",
         text,
         verdict(report["rows"]),
         f"On {setting['cpu']}, {setting['threads']} threads.",
@@ -54,29 +54,36 @@ def table(report: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def _with_range(row: dict[str, Any]) -> str:
+    seeds = row.get("loss_by_seed")
+    if not seeds:
+        return f"{row['loss']:.2f}"
+    return f"{row['loss']:.2f} ({min(seeds):.2f} to {max(seeds):.2f})"
+
+
 def verdict(rows: dict[str, Any]) -> str:
-    """Whether deep prompts are ahead of shallow ones of their length; "" while some are missing."""
+    """Whether deep prompts are ahead of shallow ones of their length; "" while some are missing.
+
+    Ahead: with every seed, of all the others' seeds.
+    """
     if not all(name in rows for name in (*SHALLOW, *DEEP)):
         return ""
-    best_shallow, best_deep = (
-        min(names, key=lambda name: rows[name]["loss"]) for names in (SHALLOW, DEEP)
-    )
-    shallow, deep = rows[best_shallow]["loss"], rows[best_deep]["loss"]
-    worst_deep = max(rows[name]["loss"] for name in DEEP)
-    if worst_deep < shallow:
+    shallow = min(loss for name in SHALLOW for loss in rows[name]["loss_by_seed"])
+    worst = {name: max(rows[name]["loss_by_seed"]) for name in DEEP}
+    ahead = [name for name in DEEP if worst[name] < shallow]
+    if len(ahead) == len(DEEP):
         return (
-            f"Deep prompts are ahead of shallow ones: both have a lower loss than {best_shallow}, "
-            f"the better of the two shallow ones ({best_deep} {deep:.2f}, {best_shallow} "
-            f"{shallow:.2f})."
+            "Deep prompts are ahead of shallow ones: both, with every seed, of both shallow "
+            f"ones (worst deep {max(worst.values()):.2f}, best shallow {shallow:.2f})."
         )
-    if deep < shallow:
+    if ahead:
         return (
-            f"The best deep prompt is ahead of the best shallow one ({best_deep} {deep:.2f}, "
-            f"{best_shallow} {shallow:.2f}), but not every deep one is."
+            f"One deep prompt is ahead of the shallow ones with every seed, {ahead[0]} (worst "
+            f"{worst[ahead[0]]:.2f}, best shallow {shallow:.2f}); the other is not."
         )
     return (
-        f"Deep prompts are not ahead of shallow ones here: {best_shallow} {shallow:.2f}, "
-        f"{best_deep} {deep:.2f}."
+        f"Deep prompts are not ahead of shallow ones here: worst of each deep one "
+        f"{', '.join(f'{loss:.2f}' for loss in worst.values())}, best shallow {shallow:.2f}."
     )
 
 
@@ -98,7 +105,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
             losses = row["losses"]
             steps = range(1, len(losses) + 1)
             left.plot(steps, running_mean(losses, 8), color=COLORS[name], label=name)
-        left.set(title="Training, mean of 8 steps", xlabel="step", ylabel="loss", ylim=(0, None))
+        left.set(
+            title="Training, mean of 8 steps and all seeds",
+            xlabel="step",
+            ylabel="loss",
+            ylim=(0, None),
+        )
         left.legend(frameon=False, fontsize=9)
         names = list(rows)
         bars = right.barh(names, [rows[n]["loss"] for n in names], color=[COLORS[n] for n in names])

@@ -10,6 +10,7 @@ fp32.
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -46,28 +47,25 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def load_tasks(tokenizer: Any, train: int, held_out: int, seed: int = 0) -> tuple[Texts, Texts]:
-    """(train, held out): so many glosses of each label, all different.
+def load_tasks(tokenizer: Any, *sizes: int, seed: int = 0) -> list[Texts]:
+    """A part for each of `sizes`: so many glosses of each label, all different.
 
     The texts are glosses alone, without the cue; a target is the id of the label's token.
     """
     rng = random.Random(seed)
-    parts: tuple[list[tuple[list[int], int]], ...] = ([], [])
+    parts = [Texts([], []) for _ in sizes]
     for label, glosses in by_label(load_glosses(), LEAST).items():
         kind, _, name = label.partition(".")
         target = tokenizer(f" {name}").input_ids
         if kind != "noun" or len(target) != 1:
             continue
-        short = []
-        for gloss in rng.sample(glosses, min(len(glosses), 2 * (train + held_out))):
-            ids = tokenizer(gloss).input_ids
-            if len(ids) <= MOST:
-                short.append((ids, target[0]))
-        parts[0].extend(short[:train])
-        parts[1].extend(short[train : train + held_out])
-    return tuple(  # type: ignore[return-value]
-        Texts([ids for ids, _ in part], [target for _, target in part]) for part in parts
-    )
+        drawn = rng.sample(glosses, min(len(glosses), 2 * sum(sizes)))
+        ids = (tokenizer(gloss).input_ids for gloss in drawn)
+        short = (own for own in ids if len(own) <= MOST)
+        for part, size in zip(parts, sizes, strict=True):
+            part.ids.extend(itertools.islice(short, size))
+            part.targets.extend(target * (len(part.ids) - len(part.targets)))
+    return parts
 
 
 def next_token(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -14,12 +14,14 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.prefix_tuning import PrefixEncoder
 from peft.tuners.prompt_tuning import PromptEmbedding
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from fusetune.nn.adapter_names import BASE, distinct, places
+
 Tensor = torch.Tensor
-BASE = "__base__"  # in adapter_names: a row without adapter
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def encoded(model: Any, name: str) -> Tensor:
     """An adapter's prompt [P, H], as `PeftModel.get_prompt` makes it for one row."""
     encoder, config = model.prompt_encoder[name], model.peft_config[name]
     weight: Tensor = encoder.embedding.weight
-    if config.inference_mode or _is_a_table(encoder):
+    if config.inference_mode or is_a_table(encoder):
         prompt = weight
     else:
         prompt = encoder(model.prompt_tokens[name].unsqueeze(0).to(weight.device))[0]
@@ -48,22 +50,23 @@ def encoded(model: Any, name: str) -> Tensor:
     return prompt[: config.num_virtual_tokens]
 
 
-def _is_a_table(encoder: Any) -> bool:
-    """Whether calling it would look up all rows of its embedding, no more."""
-    plain = type(encoder) is PromptEmbedding and type(encoder.embedding) is nn.Embedding
-    return plain and not any(m._forward_hooks or m._forward_pre_hooks for m in encoder.modules())
+def is_a_table(encoder: Any) -> bool:
+    """Whether calling an encoder of PEFT would look up all rows of its embedding, no more."""
+    plain = type(encoder) in (PromptEmbedding, PrefixEncoder)
+    plain = plain and type(encoder.embedding) is nn.Embedding
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in encoder.modules())
+    return plain and not hooked and not getattr(encoder, "prefix_projection", False)
 
 
 def prompts_of(model: Any, adapter_names: Sequence[str] | None, batch: int) -> Prompts | None:
     """Those of the active adapter, or of the rows' own; None where no row has one."""
     if adapter_names is None:
         return Prompts(encoded(model, model.active_adapter))
-    _check_names(model, adapter_names)
+    names = distinct(adapter_names, model.peft_config)
     if not adapter_names or batch % len(adapter_names):
         raise ValueError(
             f"adapter_names must name an adapter for each of {batch} rows, got {len(adapter_names)}"
         )
-    names = [name for name in dict.fromkeys(adapter_names) if name != BASE]
     if not names:
         return None
     each = [encoded(model, name) for name in names]
@@ -73,22 +76,13 @@ def prompts_of(model: Any, adapter_names: Sequence[str] | None, batch: int) -> P
     padded = [nn.functional.pad(prompt, (0, 0, longest - len(prompt), 0)) for prompt in each]
     # Beam search has the beams of a row one after the other.
     beams = batch // len(adapter_names)
-    rows = [
-        names.index(name) if name != BASE else -1 for name in adapter_names for _ in range(beams)
-    ]
+    rows = [place for place in places(adapter_names, names) for _ in range(beams)]
     lengths = [len(each[row]) if row >= 0 else 0 for row in rows]
     device = each[0].device
     index = torch.tensor(rows, device=device)
     if min(lengths) == longest:
         return Prompts(torch.stack(padded), index)
     return Prompts(torch.stack(padded), index, torch.tensor(lengths, device=device), index < 0)
-
-
-def _check_names(model: Any, adapter_names: Sequence[str]) -> None:
-    """Raises ValueError for the name of no adapter."""
-    for name in adapter_names:
-        if name != BASE and name not in model.peft_config:
-            raise ValueError(f"adapter_names: {name!r} is none of {[*model.peft_config, BASE]}")
 
 
 def positions_of(

@@ -17,16 +17,16 @@ import peft
 import torch
 from peft import PeftType
 from peft.peft_model import _get_layer_kv_target_shape
-from peft.tuners.prefix_tuning import PrefixEncoder
 from torch import nn
 
 from fusetune.integrations import peft_prompt_embed
 from fusetune.integrations._guards import carrier
+from fusetune.integrations._prompt_rows import is_a_table
 from fusetune.nn import cache_argument, prefix_attention
+from fusetune.nn.adapter_names import distinct, places
 from fusetune.nn.prefix_attention import Prefix
 
 _ACTIVE = "_fusetune_prefix_counts"  # in the PeftModel: within a forward or generate of a prefix
-BASE = "__base__"  # in adapter_names: a row without adapter
 
 
 class FusedPrompts:
@@ -191,7 +191,7 @@ def _prefixed(model: Any, adapter_names: Sequence[str] | None, *, counts: bool) 
 def _prefix(model: Any, adapter_names: Sequence[str] | None, counts: bool) -> Prefix:
     """The prefix of the active adapter, or of those named."""
     active = model.active_adapter
-    names = [active] if adapter_names is None else _named(model, adapter_names)
+    names = [active] if adapter_names is None else distinct(adapter_names, model.peft_config)
     flat = [_flat(model, name) for name in names] or [_flat(model, active)]
     lengths = tuple(len(rows) for rows in flat)
     counted = model.peft_config[active].num_virtual_tokens if counts else 0
@@ -203,25 +203,13 @@ def _prefix(model: Any, adapter_names: Sequence[str] | None, counts: bool) -> Pr
     longest = max(lengths)
     padded = [nn.functional.pad(rows, (0, 0, 0, longest - len(rows))) for rows in flat]
     by_layer = torch.stack(padded).unflatten(2, heads).flatten(2, 3).unbind(2)
-    rows = [names.index(name) if name != BASE else -1 for name in adapter_names]
     return Prefix(
         _layers(config, by_layer),
         longest,
-        rows=torch.tensor(rows, device=flat[0].device),
+        rows=torch.tensor(places(adapter_names, names), device=flat[0].device),
         lengths=lengths,
         counted=counted,
     )
-
-
-def _named(model: Any, adapter_names: Sequence[str]) -> list[str]:
-    """The adapters among adapter_names, each once."""
-    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
-        raise ValueError(f"adapter_names must be a list of names, got {adapter_names!r}")
-    names = list(dict.fromkeys(name for name in adapter_names if name != BASE))
-    unknown = [name for name in names if name not in model.peft_config]
-    if unknown:
-        raise ValueError(f"adapter_names: {unknown[0]!r} is none of {[*model.peft_config, BASE]}")
-    return names
 
 
 def _flat(model: Any, name: str) -> torch.Tensor:
@@ -229,20 +217,13 @@ def _flat(model: Any, name: str) -> torch.Tensor:
     encoder = model.prompt_encoder[name]
     config = model.peft_config[name]
     weight = encoder.embedding.weight
-    if config.inference_mode or _is_a_table(encoder):
+    if config.inference_mode or is_a_table(encoder):
         flat: torch.Tensor = weight
     else:
         tokens = model.prompt_tokens[name][: config.num_virtual_tokens]
         flat = encoder(tokens.unsqueeze(0).to(weight.device))[0]
     dtype = model.base_model_torch_dtype
     return flat if dtype is None else flat.to(dtype)
-
-
-def _is_a_table(encoder: Any) -> bool:
-    """Whether calling a prefix encoder would look up all rows of its embedding, no more."""
-    plain = type(encoder) is PrefixEncoder and type(encoder.embedding) is nn.Embedding
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules())
-    return plain and not hooked and not encoder.prefix_projection
 
 
 def _layers(config: Any, by_layer: tuple[torch.Tensor, ...]) -> dict[str, list[Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fusetune.nn._prefix_interface import Pair, _stock, stock_name
+from fusetune.nn._prefix_interface import Pair, stock_attention, stock_name
 from fusetune.nn._prefix_layout import stacks
 
 Tensor = torch.Tensor
@@ -58,6 +58,6 @@ def _capturing(name: str) -> Any:
     ) -> Pair:
         place, found = module.__dict__[_PLACE]
         found[place] = (key, value)
-        return _stock(module, name)(module, query, key, value, *args, **kwargs)
+        return stock_attention(module, name)(module, query, key, value, *args, **kwargs)
 
     return attention

@@ -79,7 +79,7 @@ def _knowing_prefixes(name: str) -> Callable[..., Pair]:
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> Pair:
-        stock = _stock(module, name)
+        stock = stock_attention(module, name)
         call: Call | None = kwargs.pop(KEYWORD, None)
         place = module.__dict__.get(PLACE)
         segment = None if call is None else call.segments.get(place)
@@ -94,7 +94,7 @@ def _knowing_prefixes(name: str) -> Callable[..., Pair]:
     return attention
 
 
-def _stock(module: Any, name: str) -> Callable[..., Pair]:
+def stock_attention(module: Any, name: str) -> Callable[..., Pair]:
     """The function that the module's own file would have given it."""
     namespace = inspect.unwrap(type(module).forward).__globals__
     eager = namespace.get("eager_attention_forward")

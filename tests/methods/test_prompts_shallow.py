@@ -194,7 +194,7 @@ def test_adapter_names(family, lengths):
         assert_equal(got[index, got.shape[1] - len(expected) :], expected)
     with pytest.raises(ValueError, match=r"adapter_names must name .* 4 sequences, got 2"):
         model(input_ids=ids, **more, adapter_names=["a", "b"])
-    with pytest.raises(ValueError, match=r"adapter_names: no adapter 'c', only \['a', 'b', '__b"):
+    with pytest.raises(ValueError, match=r"adapter_names: 'c' is none of \['a', 'b', '__b"):
         model(input_ids=ids, **more, adapter_names=["a", "b", "a", "c"])
     with pytest.raises(ValueError, match="adapter_names must be a list"):
         model(input_ids=ids, **more, adapter_names="abab")

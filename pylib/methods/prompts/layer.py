@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fusetune.methods.prompts.config import PromptConfig
+from fusetune.nn.adapter_names import BASE, distinct, places
 
 NAME = "prompt_layer"
-BASE = "__base__"
 
 
 class PromptLayer(nn.Module, BaseTunerLayer):
@@ -57,11 +57,10 @@ class PromptLayer(nn.Module, BaseTunerLayer):
                 f"adapter_names must name an adapter for each of {batch} sequences, "
                 f"got {len(self.rows)}"
             )
-        names = [name for name in dict.fromkeys(self.rows) if name != BASE]
+        names = distinct(self.rows, self.prompt_configs)
         if len(names) == 1 and BASE not in self.rows:
             return names, None
-        numbers = [-1 if name == BASE else names.index(name) for name in self.rows]
-        return names, [number for number in numbers for _ in range(repeats)]
+        return names, [place for place in places(self.rows, names) for _ in range(repeats)]
 
     def prompt(self, name: str, site: str | None = None) -> torch.Tensor:
         """The prompt of an adapter [P, W]; within a call without gradients computed once."""

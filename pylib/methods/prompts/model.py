@@ -15,8 +15,9 @@ from fusetune.methods.prompts.config import PromptConfig
 from fusetune.methods.prompts.embedding import EmbeddingHooks
 from fusetune.methods.prompts.geometry import Geometry, geometry_of
 from fusetune.methods.prompts.initialisation import build, tokens_of
-from fusetune.methods.prompts.layer import BASE, NAME, PromptLayer
+from fusetune.methods.prompts.layer import NAME, PromptLayer
 from fusetune.methods.prompts.shallow_config import PTuningConfig
+from fusetune.nn.adapter_names import BASE, distinct
 
 # Parts of the names of prompts' own parameters, and of what PEFT wraps around modules.
 _OWN = {
@@ -143,13 +144,7 @@ class PromptModel(BaseTuner):
             yield
 
     def _check_rows(self, names: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"adapter_names must be a list of adapters' names, got {names!r}")
-        unknown = [name for name in names if name != BASE and name not in self.peft_config]
-        if unknown:
-            raise ValueError(
-                f"adapter_names: no adapter {unknown[0]!r}, only {[*self._known(), BASE]}"
-            )
+        distinct(names, self._known())
         given = [kwargs.get(key) for key in ("input_ids", "inputs_embeds", "inputs")]
         batches = [len(x) for x in (*given, *args) if isinstance(x, torch.Tensor)]
         if batches and batches[0] != len(names):
