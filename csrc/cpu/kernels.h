@@ -183,13 +183,14 @@ struct Kernels {
                                  int64_t ignore_index, float smoothing, const float* lse, const float* dloss,
                                  const MutMatrix& dlogits);
   // p [M, N] = softmax_i(drop(g [M, H] . values_i + offset [M]) / temperature), ctx [M, H] = sum_i p_i values_i.
-  // offset may be null. The dropout's matrix is [M, N].
+  // offset may be null. The dropout's matrix is [.., N]; these are its rows from first_row.
   void (*fusion_attend)(const Matrix& g, int64_t m, int64_t h, const FusionValues& values, const float* offset,
-                        float temperature, const Dropout& dropout, const MutMatrix& ctx, float* p);
-  // dg [M, H], doffset [M] and, unless it is null, dvalues: N matrices [M, H] without gaps in the values' dtype.
+                        float temperature, const Dropout& dropout, int64_t first_row, const MutMatrix& ctx, float* p);
+  // dg [M, H], doffset [M] and, unless they are null, dvalues: N matrices [M, H] without gaps in the values' dtype, and
+  // ctx once more. g is read for dvalues only.
   void (*fusion_attend_backward)(const Matrix& dctx, const Matrix& g, int64_t m, int64_t h, const FusionValues& values,
-                                 const float* p, float temperature, const Dropout& dropout, const MutMatrix& dg,
-                                 void* const* dvalues, float* doffset);
+                                 const float* p, float temperature, const Dropout& dropout, int64_t first_row,
+                                 const MutMatrix& dg, const MutMatrix& ctx, void* const* dvalues, float* doffset);
   // out [batch * (length + tokens), H], in weight's dtype: rows of weight [V, H] by input_ids [batch * tokens], times
   // `scale`, and of prompt [groups * length, H]. Returns the first id outside [0, V), before anything is written, or -1.
   int64_t (*prompt_embed)(const int64_t* input_ids, const PromptLayout& layout, const Matrix& weight,
