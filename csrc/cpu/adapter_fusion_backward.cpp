@@ -4,7 +4,7 @@
 //   dg = (sum_i p_i dp_i values_i - delta sum_i p_i values_i) / temperature
 // takes the same single pass as forward, and the values' gradients are written after it without reading them again.
 // Only differences of the dp_i matter: they are counted from the first, so that what all have in common need not
-// cancel. sum_i p_i values_i is forward's result: whoever did not keep it gets it for the writing, and with dropout, whose
+// cancel. sum_i p_i values_i is forward's result: who did not keep it gets it for the writing, and with dropout, whose
 // mask it is without, for one more sum in the same pass.
 //
 // Bytes (fp32): 4 M N H read for the values, 12 M H for g, dctx and dg, and 4 M N H written for the values' gradients;
