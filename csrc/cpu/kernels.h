@@ -178,7 +178,7 @@ struct Kernels {
   // row with any other target outside [0, V), before anything is written, or -1.
   int64_t (*cross_entropy)(const Matrix& logits, int64_t m, int64_t v, const int64_t* target, int64_t ignore_index,
                            float smoothing, float* loss, float* lse);
-  // dlogits [M, V], in the dtype of logits, from dloss [M].
+  // dlogits [M, V], in the dtype of logits, from dloss [M]; it may be the logits themselves.
   void (*cross_entropy_backward)(const Matrix& logits, int64_t m, int64_t v, const int64_t* target,
                                  int64_t ignore_index, float smoothing, const float* lse, const float* dloss,
                                  const MutMatrix& dlogits);
@@ -205,6 +205,11 @@ struct Kernels {
   // its log-sum-exp into lse [B, Hq, T]. Where nothing is attended to out is 0 and lse infinite.
   void (*prefix_attend)(const Prefix& prefix, const Heads& out, const BaseLse& base_lse, float* lse);
   void (*prefix_attend_backward)(const Prefix& prefix, const PrefixGradients& given);
+  // y = silu(gate) * up, all [M, N] and of one dtype.
+  void (*swiglu)(const Matrix& gate, const Matrix& up, int64_t m, int64_t n, const MutMatrix& y);
+  // dgate and dup, null where not needed; either may be dy, gate or up itself.
+  void (*swiglu_backward)(const Matrix& dy, const Matrix& gate, const Matrix& up, int64_t m, int64_t n,
+                          const MutMatrix& dgate, const MutMatrix& dup);
   // out [M, K] = x [M, K] with the dropout of `dropout` applied (for tests).
   void (*dropout)(const Matrix& x, int64_t m, int64_t k, const Dropout& dropout, const MutMatrix& out);
   // fp32 FMA peak of the calling core in GF/s, measured for about `seconds`: what benchmarks divide by.
