@@ -4,7 +4,10 @@
     python -m benchmarks.prefix_tuning --json out.json
 
 Steps alternate stock, fused, fused, stock, ... on the same batches; their ratio is the median over
-pairs. Peak memory is the high-water mark of a process of its own that only takes steps of one kind.
+pairs. Peak memory is the high-water mark of a process of its own that only takes steps of one kind;
+beside it stands what of it the steps added to the loaded model, libraries and all.
+
+Stock PEFT hands its prefix over as a cache, which its models need and which grows in training too.
 """
 
 from __future__ import annotations
@@ -109,25 +112,40 @@ def pairs(folder: Path, tokens: int, count: int) -> dict[str, float]:
     }
 
 
-def peak(folder: Path, tokens: int, kind: str) -> float:
-    """MiB of this process after three steps of one kind."""
+def peak(folder: Path, tokens: int, kind: str) -> tuple[float, float]:
+    """MiB of this process: its peak in three steps of one kind, and what it held before them."""
     steps = Steps(folder, tokens)
+    loaded = resident("VmRSS")
     with steps.mode(kind):
         if "checkpointing" in kind:
             steps.model.base_model.activation_checkpointing_enable()
         for number in range(3):
             steps(kind, number)
             steps.update()
-    mib = status_mib("VmHWM")
+    return resident("VmHWM"), loaded
+
+
+def resident(field: str) -> float:
+    mib = status_mib(field)
     if mib is None:
         raise SystemExit("peak memory is read from Linux's /proc")
     return mib
 
 
-def peak_of_a_process(folder: Path, tokens: int, kind: str, threads: int) -> float:
+def peak_of_a_process(folder: Path, tokens: int, kind: str, threads: int) -> tuple[float, float]:
     command = [sys.executable, "-m", "benchmarks.prefix_tuning", "--base", str(folder)]
     command += ["--tokens", str(tokens), "--peak", kind, "--threads", str(threads)]
-    return float(subprocess.check_output(command, text=True).split()[-1])
+    mib, loaded = subprocess.check_output(command, text=True).split()[-2:]
+    return float(mib), float(loaded)
+
+
+def compared(row: dict[str, float], part: str) -> str:
+    """The MiB of each kind, and how much less than stock's."""
+    stock = row["stock" + part]
+    figures = {kind: row[kind + part] for kind in KINDS}
+    return ", ".join(
+        f"{kind} {mib:.0f} MiB ({1 - mib / stock:.0%} less)" for kind, mib in figures.items()
+    )
 
 
 def main() -> None:
@@ -144,7 +162,7 @@ def main() -> None:
     models.quiet()
     folder = base_folder(options.base)
     if options.peak:
-        print(peak(folder, options.tokens[0], options.peak))
+        print(*peak(folder, options.tokens[0], options.peak))
         return
     found: dict[str, Any] = {}
     for tokens in options.tokens:
@@ -159,15 +177,10 @@ def main() -> None:
             )
         if options.part != "time":
             for kind in KINDS:
-                row[kind] = peak_of_a_process(folder, tokens, kind, options.threads)
-            print(
-                f"P={tokens}: peak "
-                + ", ".join(
-                    f"{kind} {row[kind]:.0f} MiB ({1 - row[kind] / row['stock']:.0%} less)"
-                    for kind in KINDS
-                ),
-                flush=True,
-            )
+                mib, loaded = peak_of_a_process(folder, tokens, kind, options.threads)
+                row[kind], row[f"{kind}, steps alone"] = mib, mib - loaded
+            for what, part in (("peak of the process", ""), ("of that the steps", ", steps alone")):
+                print(f"P={tokens}: {what}: " + compared(row, part), flush=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -82,6 +82,8 @@ bool has(const std::string& name) {
   if (name == "prompt_embed_dweight") return k.prompt_embed_dweight;
   if (name == "prefix_attend") return k.prefix_attend;
   if (name == "prefix_attend_backward") return k.prefix_attend_backward;
+  if (name == "swiglu") return k.swiglu;
+  if (name == "swiglu_backward") return k.swiglu_backward;
   if (name == "dropout") return k.dropout;
   if (name == "fma_peak") return k.fma_peak;
   throw std::invalid_argument("no kernel is called " + name);
@@ -202,6 +204,24 @@ void bind_lora(py::module_& m) {
   });
 }
 
+void bind_swiglu(py::module_& m) {
+  m.def("swiglu", [](const MatrixArg& gate, const MatrixArg& up, int64_t rows, int64_t n, const MatrixArg& y) {
+    const auto run = built(kernels().swiglu, "swiglu");
+    const Matrix left = matrix(gate), right = matrix(up);
+    const MutMatrix out = mut_matrix(y);
+    py::gil_scoped_release no_gil;
+    run(left, right, rows, n, out);
+  });
+  m.def("swiglu_backward", [](const MatrixArg& dy, const MatrixArg& gate, const MatrixArg& up, int64_t rows, int64_t n,
+                              const MatrixArg& dgate, const MatrixArg& dup) {
+    const auto run = built(kernels().swiglu_backward, "swiglu_backward");
+    const Matrix upper = matrix(dy), left = matrix(gate), right = matrix(up);
+    const MutMatrix dleft = mut_matrix(dgate), dright = mut_matrix(dup);
+    py::gil_scoped_release no_gil;
+    run(upper, left, right, rows, n, dleft, dright);
+  });
+}
+
 void bind_loss(py::module_& m) {
   m.def("cross_entropy", [](const MatrixArg& logits, int64_t rows, int64_t v, Address target, int64_t ignore_index,
                             float smoothing, Address loss, Address lse) {
@@ -234,5 +254,6 @@ PYBIND11_MODULE(_C, m) {
   bind_adapters(m);
   bind_prefix(m);
   bind_prompts(m);
+  bind_swiglu(m);
   bind_loss(m);
 }

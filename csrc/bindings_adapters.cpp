@@ -66,28 +66,28 @@ void bind_bottleneck(py::module_& m) {
 void bind_fusion(py::module_& m) {
   m.def("fusion_attend",
         [](const MatrixArg& g, int64_t rows, int64_t h, const std::vector<MatrixArg>& values, Address offset,
-           float temperature, const DropoutArg& dropout, const MatrixArg& ctx, Address p) {
+           float temperature, const DropoutArg& dropout, int64_t first_row, const MatrixArg& ctx, Address p) {
           const auto run = built(kernels().fusion_attend, "fusion_attend");
           const Matrix in = matrix(g);
           const MutMatrix out = mut_matrix(ctx);
           const FusionMatrices matrices(values);
           py::gil_scoped_release no_gil;
-          run(in, rows, h, matrices.values(), pointer<float>(offset), temperature, dropout_of(dropout), out,
-              pointer<float>(p));
+          run(in, rows, h, matrices.values(), pointer<float>(offset), temperature, dropout_of(dropout),
+              first_row, out, pointer<float>(p));
         });
   m.def("fusion_attend_backward",
         [](const MatrixArg& dctx, const MatrixArg& g, int64_t rows, int64_t h, const std::vector<MatrixArg>& values,
-           Address p, float temperature, const DropoutArg& dropout, const MatrixArg& dg,
-           const std::vector<Address>& dvalues, Address doffset) {
+           Address p, float temperature, const DropoutArg& dropout, int64_t first_row, const MatrixArg& dg,
+           const MatrixArg& ctx, const std::vector<Address>& dvalues, Address doffset) {
           const auto run = built(kernels().fusion_attend_backward, "fusion_attend_backward");
           const Matrix upper = matrix(dctx), in = matrix(g);
-          const MutMatrix out = mut_matrix(dg);
+          const MutMatrix out = mut_matrix(dg), attended = mut_matrix(ctx);
           const FusionMatrices matrices(values);
           std::vector<void*> gradients;
           for (const Address address : dvalues) gradients.push_back(pointer<void>(address));
           py::gil_scoped_release no_gil;
-          run(upper, in, rows, h, matrices.values(), pointer<float>(p), temperature, dropout_of(dropout), out,
-              gradients.empty() ? nullptr : gradients.data(), pointer<float>(doffset));
+          run(upper, in, rows, h, matrices.values(), pointer<float>(p), temperature, dropout_of(dropout),
+              first_row, out, attended, gradients.empty() ? nullptr : gradients.data(), pointer<float>(doffset));
         });
 }
 

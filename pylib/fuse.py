@@ -25,6 +25,7 @@ _LAYERS = {
     "bitsandbytes": ("bitsandbytes",),
     "peft_bnb": ("peft", "bitsandbytes"),
     "peft_prompts": ("peft",),
+    "transformers_mlp": ("transformers",),
 }
 # Methods that may lie in a module's instance -> the one of its class that they then are.
 _BOUND = {
@@ -38,9 +39,9 @@ def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
     """Fuses what can be fused of a model, in place, and reports on every layer concerned.
 
     Covers PEFT's LoRA on dense and on bitsandbytes' 4-bit linear layers, 4-bit layers without an
-    adapter, PEFT's prefix tuning, and, with `loss`, transformers' language-model losses. Call it
-    once the adapters are in place; another call covers what was added since and changes nothing
-    else.
+    adapter, PEFT's prefix tuning, the activation of transformers' gated MLPs with SiLU, and, with
+    `loss`, transformers' language-model losses. Call it once the adapters are in place; another
+    call covers what was added since and changes nothing else.
 
     A 4-bit weight that bitsandbytes has repacked for its CPU kernel gets its plain layout back.
     What a layer cannot do exactly runs its library's own code, and the report says why. Raises
@@ -48,6 +49,8 @@ def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
     backend (FUSETUNE_BACKEND) cannot run; the model is then as it was.
     """
     with _undone_on_error(model) as undo:
+        if "transformers" in sys.modules:
+            importlib.import_module("fusetune.integrations.transformers_mlp").discover(model)
         swaps = _swaps()
         restorable = {kind for kind in swaps.values() if hasattr(kind, "restore_layout")}
         transformers = _transformers()

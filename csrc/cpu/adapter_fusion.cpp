@@ -57,7 +57,7 @@ struct Softmax {
 }  // namespace
 
 void fusion_attend(const Matrix& g, int64_t m, int64_t h, const FusionValues& values, const float* offset,
-                   float temperature, const Dropout& dropout, const MutMatrix& ctx, float* p) {
+                   float temperature, const Dropout& dropout, int64_t dropout_row, const MutMatrix& ctx, float* p) {
   const int64_t n = values.count, block_floats = kRows * padded(h);
   const auto attend_block = [&](auto* type, int64_t first_row, int64_t rows) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -66,7 +66,7 @@ void fusion_attend(const Matrix& g, int64_t m, int64_t h, const FusionValues& va
     const Floats2d query = read_rows(g, first_row, rows, h, buffer);
     const Floats2d out = rows_to_write(ctx, first_row, h, buffer + block_floats);
     for (int64_t r = 0; r < rows; ++r) memset(out.row(r), 0, h * sizeof(float));
-    if (dropout.threshold) dropout_factors(dropout, first_row * n, rows * n, factors);
+    if (dropout.threshold) dropout_factors(dropout, (dropout_row + first_row) * n, rows * n, factors);
     Softmax softmax[kRows];
     for_groups<T>(values, first_row, rows, [&](int64_t r, int64_t first, const auto& group) {
       float* scores = p + (first_row + r) * n + first;

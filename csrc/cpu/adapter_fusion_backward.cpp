@@ -4,9 +4,11 @@
 //   dg = (sum_i p_i dp_i values_i - delta sum_i p_i values_i) / temperature
 // takes the same single pass as forward, and the values' gradients are written after it without reading them again.
 // Only differences of the dp_i matter: they are counted from the first, so that what all have in common need not
-// cancel.
+// cancel. sum_i p_i values_i is forward's result: who did not keep it gets it for the writing, and with dropout, whose
+// mask it is without, for one more sum in the same pass.
 //
-// Bytes (fp32): 4 M N H read for the values, 12 M H for g, dctx and dg, and 4 M N H written for the values' gradients.
+// Bytes (fp32): 4 M N H read for the values, 12 M H for g, dctx and dg, and 4 M N H written for the values' gradients;
+// 4 M H for forward's result.
 // Arithmetic: 10 M N H flops, one or two per byte: memory's bandwidth is the floor.
 #include "adapter_fusion.h"
 
@@ -24,22 +26,26 @@ static void combine(float a, const float* x, float b, const float* y, int64_t n,
 }
 
 void fusion_attend_backward(const Matrix& dctx, const Matrix& g, int64_t m, int64_t h, const FusionValues& values,
-                            const float* p, float temperature, const Dropout& dropout, const MutMatrix& dg,
-                            void* const* dvalues, float* doffset) {
+                            const float* p, float temperature, const Dropout& dropout, int64_t dropout_row,
+                            const MutMatrix& dg, const MutMatrix& ctx, void* const* dvalues, float* doffset) {
   const int64_t n = values.count, block_floats = kRows * padded(h);
+  const bool dropped = dropout.threshold != 0;
   const auto block_backward = [&](auto* type, int64_t first_row, int64_t rows) {
     using T = std::remove_pointer_t<decltype(type)>;
-    float* buffer = workspace(4 * block_floats + 2 * padded(kRows * n));
-    float* factors = buffer + 4 * block_floats;
+    float* buffer = workspace(5 * block_floats + 2 * padded(kRows * n));
+    float* factors = buffer + 5 * block_floats;
     float* ds = factors + padded(kRows * n);
     const Floats2d upper = read_rows(dctx, first_row, rows, h, buffer);
     const Floats2d out = rows_to_write(dg, first_row, h, buffer + block_floats);
-    const Floats2d mean{buffer + 2 * block_floats, padded(h)};  // sum_i p_i values_i, after dropout
+    const Floats2d own{buffer + 2 * block_floats, padded(h)};
+    const Floats2d attended = ctx.data ? rows_to_write(ctx, first_row, h, buffer + 4 * block_floats) : own;
+    const Floats2d mean = dropped ? own : attended;  // sum_i p_i values_i, after dropout
     for (int64_t r = 0; r < rows; ++r) {
       memset(out.row(r), 0, h * sizeof(float));
       memset(mean.row(r), 0, h * sizeof(float));
+      if (ctx.data && dropped) memset(attended.row(r), 0, h * sizeof(float));
     }
-    dropout_factors(dropout, first_row * n, rows * n, factors);
+    dropout_factors(dropout, (dropout_row + first_row) * n, rows * n, factors);
     float base[kRows], delta[kRows] = {};
     for_groups<T>(values, first_row, rows, [&](int64_t r, int64_t first, const auto& group) {
       float* dp = ds + r * n + first;
@@ -55,6 +61,7 @@ void fusion_attend_backward(const Matrix& dctx, const Matrix& g, int64_t m, int6
       }
       group.add_to(1, weights, h, out.row(r));
       group.add_to(1, kept, h, mean.row(r));
+      if (ctx.data && dropped) group.add_to(1, p + (first_row + r) * n + first, h, attended.row(r));
     });
     for (int64_t r = 0; r < rows; ++r) {
       combine(1 / temperature, out.row(r), -delta[r] / temperature, mean.row(r), h, out.row(r));
@@ -66,6 +73,7 @@ void fusion_attend_backward(const Matrix& dctx, const Matrix& g, int64_t m, int6
       doffset[first_row + r] = total;
     }
     write_rows(dg, first_row, rows, h, out);
+    if (ctx.data) write_rows(ctx, first_row, rows, h, attended);
     if (!dvalues) return;
     const Floats2d query = read_rows(g, first_row, rows, h, buffer + 3 * block_floats);
     for (int64_t i = 0; i < n; ++i) {

@@ -3,7 +3,7 @@
 // Tiling: a row at a time (192 KB of fp32 at V = 49152: it stays in L2 between the passes over it), rows handed out
 // in chunks of at least 16 Ki elements. Rows that are ignored are not read.
 // Bytes: forward 4 M V read from memory (the second pass, for the sum of exponentials, comes from L2), 8 M written.
-// Backward 4 M V read and 4 M V written. PyTorch: forward 4 M V read and written, backward another 5 times 4 M V, and
+// Backward 4 M V read and 4 M V written, in place where nobody else reads the logits. PyTorch: forward 4 M V read and written, backward another 5 times 4 M V, and
 // two more tensors of that size.
 #include <algorithm>
 #include <atomic>
@@ -68,11 +68,14 @@ void forward_row(const T* x, int64_t v, int64_t target, float smoothing, float& 
   loss = static_cast<float>(log_sum - picked);
 }
 
+// dx may be x: every element is read before it is written.
 template <class T>
 void backward_row(const T* x, int64_t v, int64_t target, float smoothing, float lse, float dloss, T* dx) {
   const float even = smoothing / static_cast<float>(v);
   const F log_sum = set1(lse), scale = set1(dloss), shift = set1(-even);
   const auto gradient = [&](F value) { return mul(add(exp_nonpositive(sub(value, log_sum)), shift), scale); };
+  // expm1: near 0 for a token that is predicted well.
+  const double off = std::expm1(static_cast<double>(to_float(x[target])) - lse);
   int64_t i = 0;
   for (; i + kStep <= v; i += kStep) {
     for (int u = 0; u < kUnroll; ++u) store(dx + i + u * kLanes, gradient(load(x + i + u * kLanes)));
@@ -81,8 +84,6 @@ void backward_row(const T* x, int64_t v, int64_t target, float smoothing, float 
     const int lanes = static_cast<int>(std::min<int64_t>(kLanes, v - i));
     store_part(dx + i, gradient(load_part(x + i, lanes)), lanes);
   }
-  // expm1: near 0 for a token that is predicted well.
-  const double off = std::expm1(static_cast<double>(to_float(x[target])) - lse);
   from_float(static_cast<float>((off + smoothing - even) * dloss), dx[target]);
 }
 

@@ -178,18 +178,19 @@ struct Kernels {
   // row with any other target outside [0, V), before anything is written, or -1.
   int64_t (*cross_entropy)(const Matrix& logits, int64_t m, int64_t v, const int64_t* target, int64_t ignore_index,
                            float smoothing, float* loss, float* lse);
-  // dlogits [M, V], in the dtype of logits, from dloss [M].
+  // dlogits [M, V], in the dtype of logits, from dloss [M]; it may be the logits themselves.
   void (*cross_entropy_backward)(const Matrix& logits, int64_t m, int64_t v, const int64_t* target,
                                  int64_t ignore_index, float smoothing, const float* lse, const float* dloss,
                                  const MutMatrix& dlogits);
   // p [M, N] = softmax_i(drop(g [M, H] . values_i + offset [M]) / temperature), ctx [M, H] = sum_i p_i values_i.
-  // offset may be null. The dropout's matrix is [M, N].
+  // offset may be null. The dropout's matrix is [.., N]; these are its rows from first_row.
   void (*fusion_attend)(const Matrix& g, int64_t m, int64_t h, const FusionValues& values, const float* offset,
-                        float temperature, const Dropout& dropout, const MutMatrix& ctx, float* p);
-  // dg [M, H], doffset [M] and, unless it is null, dvalues: N matrices [M, H] without gaps in the values' dtype.
+                        float temperature, const Dropout& dropout, int64_t first_row, const MutMatrix& ctx, float* p);
+  // dg [M, H], doffset [M] and, unless they are null, dvalues: N matrices [M, H] without gaps in the values' dtype, and
+  // ctx once more. g is read for dvalues only.
   void (*fusion_attend_backward)(const Matrix& dctx, const Matrix& g, int64_t m, int64_t h, const FusionValues& values,
-                                 const float* p, float temperature, const Dropout& dropout, const MutMatrix& dg,
-                                 void* const* dvalues, float* doffset);
+                                 const float* p, float temperature, const Dropout& dropout, int64_t first_row,
+                                 const MutMatrix& dg, const MutMatrix& ctx, void* const* dvalues, float* doffset);
   // out [batch * (length + tokens), H], in weight's dtype: rows of weight [V, H] by input_ids [batch * tokens], times
   // `scale`, and of prompt [groups * length, H]. Returns the first id outside [0, V), before anything is written, or -1.
   int64_t (*prompt_embed)(const int64_t* input_ids, const PromptLayout& layout, const Matrix& weight,
@@ -205,6 +206,11 @@ struct Kernels {
   // its log-sum-exp into lse [B, Hq, T]. Where nothing is attended to out is 0 and lse infinite.
   void (*prefix_attend)(const Prefix& prefix, const Heads& out, const BaseLse& base_lse, float* lse);
   void (*prefix_attend_backward)(const Prefix& prefix, const PrefixGradients& given);
+  // y = silu(gate) * up, all [M, N] and of one dtype.
+  void (*swiglu)(const Matrix& gate, const Matrix& up, int64_t m, int64_t n, const MutMatrix& y);
+  // dgate and dup, null where not needed; either may be dy, gate or up itself.
+  void (*swiglu_backward)(const Matrix& dy, const Matrix& gate, const Matrix& up, int64_t m, int64_t n,
+                          const MutMatrix& dgate, const MutMatrix& dup);
   // out [M, K] = x [M, K] with the dropout of `dropout` applied (for tests).
   void (*dropout)(const Matrix& x, int64_t m, int64_t k, const Dropout& dropout, const MutMatrix& out);
   // fp32 FMA peak of the calling core in GF/s, measured for about `seconds`: what benchmarks divide by.

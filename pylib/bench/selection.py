@@ -19,6 +19,7 @@ from .dora_cases import dora_linear_cases
 from .fusion_cases import adapter_fusion_cases
 from .prefix_cases import prefix_attention_cases
 from .prompt_cases import prompt_embed_cases
+from .swiglu_cases import swiglu_cases
 from .timing import Case
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -93,4 +94,5 @@ OPS: dict[str, Callable[[bool, int, int], Iterator[Case]]] = {
     "adapter_fusion": adapter_fusion_cases,
     "prefix_attention": prefix_attention_cases,
     "prompt_embed": prompt_embed_cases,
+    "swiglu": swiglu_cases,
 }

@@ -26,6 +26,7 @@ from fusetune.ops.merge_lora import merge_lora
 from fusetune.ops.prefix_attention import prefix_attention
 from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 from fusetune.ops.quantize_4bit import quantize_4bit
+from fusetune.ops.swiglu import swiglu
 
 __all__ = [
     "OPS",
@@ -49,5 +50,6 @@ __all__ = [
     "set_backend",
     "set_decode_int16",
     "set_isa",
+    "swiglu",
     "use_backend",
 ]

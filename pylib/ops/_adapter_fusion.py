@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fusetune.ops import _cpu
+from fusetune.ops._adapter_fusion_cpu import CPU_BACKWARD, CPU_FORWARD
 from fusetune.ops._adapter_fusion_gpu import GPU_BACKWARD, GPU_FORWARD
 from fusetune.ops._registry import LIB, Impl, Op, plain
 from fusetune.ops._weight import as_rows
@@ -49,83 +49,21 @@ def attend(
 # --- implementations ---- -------------------------------------------------------------------------
 
 
-def _matrices(stacks: Sequence[Tensor]) -> list[tuple[int, int, int]]:
-    """The kernels' description of each adapter's [M, H]."""
-    return [_cpu.matrix(rows) for stack in stacks for rows in stack.unbind()]
-
-
-def _cpu_forward(
-    g: Tensor,
-    values: Sequence[Tensor],
-    offset: Tensor | None,
-    temperature: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    m, h = g.shape
-    matrices = _matrices(values)
-    ctx = _cpu.empty(m, h, dtype=g.dtype)
-    p = _cpu.empty(m, len(matrices), dtype=torch.float32)
-    shift = None if offset is None else _cpu.fp32(offset)
-    _cpu.kernels().fusion_attend(
-        _cpu.matrix(g),
-        m,
-        h,
-        matrices,
-        0 if shift is None else shift.data_ptr(),
-        temperature,
-        _cpu.dropout(dropout_p, seed),
-        _cpu.matrix(ctx),
-        p.data_ptr(),
-    )
-    return ctx, p
-
-
-def _cpu_backward(
-    dctx: Tensor,
-    g: Tensor,
-    values: Sequence[Tensor],
-    p: Tensor,
-    temperature: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_dvalues: bool,
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    m, h = g.shape
-    dg, doffset = _cpu.empty(m, h, dtype=g.dtype), _cpu.empty(m, dtype=torch.float32)
-    parts = values if need_dvalues else []
-    dvalues = [_cpu.empty(*part.shape, dtype=part.dtype) for part in parts]
-    _cpu.kernels().fusion_attend_backward(
-        _cpu.matrix(dctx),
-        _cpu.matrix(g),
-        m,
-        h,
-        _matrices(values),
-        p.data_ptr(),
-        temperature,
-        _cpu.dropout(dropout_p, seed),
-        _cpu.matrix(dg),
-        [rows.data_ptr() for stack in dvalues for rows in stack.unbind()],
-        doffset.data_ptr(),
-    )
-    return dg, dvalues, doffset
-
-
 OP = Op(
     "fusion_attend",
     GPU_FORWARD,
-    Impl("cpu", _cpu_forward, _cpu.supports("fusion_attend"), 10),
+    CPU_FORWARD,
     Impl("reference", reference.fusion_attend, lambda case: None, 0),
 )
 OP_BACKWARD = Op(
     "fusion_attend_backward",
     GPU_BACKWARD,
-    Impl("cpu", _cpu_backward, _cpu.supports("fusion_attend_backward"), 10),
+    CPU_BACKWARD,
     Impl("reference", reference.fusion_attend_backward, lambda case: None, 0),
 )
 
 
-def _stack(part: Tensor) -> Tensor:
+def with_contiguous_rows(part: Tensor) -> Tensor:
     """A stack [n, M, H] whose rows are contiguous. Copies only where it has to."""
     part = part.resolve_neg()
     return part if part.stride(2) == 1 else part.contiguous()
@@ -140,7 +78,7 @@ def _forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     run = OP.run(g.device.type, g.dtype, values[0].dtype)
-    stacks = [_stack(part) for part in values]
+    stacks = [with_contiguous_rows(part) for part in values]
     ctx, p = run(as_rows(g, g.shape[1]), stacks, offset, temperature, dropout_p, seed)
     return ctx, p
 
@@ -156,7 +94,7 @@ def _backward(
     need_dvalues: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     run = OP_BACKWARD.run(g.device.type, g.dtype, values[0].dtype)
-    stacks = [_stack(part) for part in values]
+    stacks = [with_contiguous_rows(part) for part in values]
     h = g.shape[1]
     rows = as_rows(dctx, h), as_rows(g, h), stacks, p
     dg, dvalues, doffset = run(*rows, temperature, dropout_p, seed, need_dvalues)

@@ -15,11 +15,13 @@ from torch.nn import functional
 
 from fusetune.ops import _check
 from fusetune.ops._adapter_fusion import attend
+from fusetune.ops._adapter_fusion_blocks import Maps, Options, fuse, in_blocks
 from fusetune.reference.dropout import new_seed
 from fusetune.reference.linear_4bit import accumulate_dtype
 
 Tensor = torch.Tensor
 Values = Tensor | Sequence[Tensor]
+Map = tuple[Tensor | None, Tensor | None]  # weight [out, in] (None: the identity), bias [out]
 
 
 @overload
@@ -97,19 +99,19 @@ def adapter_fusion(
     h = query.shape[-1]
     rows = query.reshape(-1, h)
     seed = new_seed(query.device) if training and dropout_p > 0 else None
-    g = _folded_query(rows, query_weight, query_bias, key_weight, key_bias)
-    if g.dtype != parts[0].dtype:
-        g = g.to(accumulate_dtype(torch.promote_types(g.dtype, parts[0].dtype)))
-    offset = None
+    query_maps = _query_maps(rows, query_weight, query_bias, key_weight, key_bias)
+    score_map: Map = (None, None)
     if seed is not None and key_bias is not None:
-        offset = _key_bias_scores(rows, query_weight, query_bias, key_bias).to(
-            accumulate_dtype(g.dtype)
-        )
+        score_map = _score_map(query_weight, query_bias, key_bias)
+    maps = Maps(*query_maps[0], *score_map, value_weight)
+    residual = None if residual is None else residual.reshape(-1, h)
     stacks = [part.reshape(len(part), -1, h) for part in parts]
-    ctx, p = attend(g, stacks, offset, float(temperature), float(dropout_p), seed)
-    del g  # without a gradient its memory serves the output
-    out = _output(ctx, value_weight, None if residual is None else residual.reshape(-1, h))
-    out = out.to(parts[0].dtype).view(query.shape)
+    options = Options(float(temperature), float(dropout_p), seed)
+    if len(query_maps) == 1 and in_blocks(rows, maps, residual, stacks):
+        out, p = fuse(rows, maps, residual, stacks, options)
+    else:
+        out, p = _at_once(rows, query_maps, maps, residual, stacks, options)
+    out = out.view(query.shape)
     return (out, p.view(*query.shape[:-1], -1)) if return_attention else out
 
 
@@ -137,37 +139,57 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     )
 
 
-def _folded_query(
+def _query_maps(
     rows: Tensor,
     query_weight: Tensor | None,
     query_bias: Tensor | None,
     key_weight: Tensor | None,
     key_bias: Tensor | None,
-) -> Tensor:
-    """g = (rows W_q^T + b_q) W_k, [M, H]."""
+) -> list[Map]:
+    """g = (rows W_q^T + b_q) W_k as one linear map, or two to be applied in turn."""
     if key_weight is None:
-        return rows if query_weight is None else _linear(rows, query_weight, query_bias)
+        return [(query_weight, query_bias)]
     # The key's bias takes no part here, but as a parameter it has a gradient, of zeros.
     nothing = None if key_bias is None else (key_bias * 0).sum().expand(key_weight.shape[1])
     if query_weight is None:
-        return _linear(rows, key_weight.T, nothing)
+        return [(key_weight.T, nothing)]
     (m, h), d = rows.shape, len(key_weight)
     if 2 * m * d <= m * h + h * d:  # fewer rows than columns: two thin matmuls cost less
-        return _linear(_linear(rows, query_weight, query_bias), key_weight.T, nothing)
+        return [(query_weight, query_bias), (key_weight.T, nothing)]
     folded = _linear(key_weight.T, query_weight.T, None)
     bias = nothing if query_bias is None else _linear(query_bias, key_weight.T, nothing)
-    return _linear(rows, folded, bias)
+    return [(folded, bias)]
 
 
-def _key_bias_scores(
-    rows: Tensor, query_weight: Tensor | None, query_bias: Tensor | None, key_bias: Tensor
-) -> Tensor:
-    """(rows W_q^T + b_q) . b_k, [M]."""
+def _score_map(query_weight: Tensor | None, query_bias: Tensor | None, key_bias: Tensor) -> Map:
+    """(rows W_q^T + b_q) . b_k as a linear map [1, H]."""
     if query_weight is None:
-        return _linear(rows, key_bias[None], None).squeeze(1)
+        return key_bias[None], None
     weight = _linear(key_bias[None], query_weight.T, None)
-    bias = None if query_bias is None else _linear(query_bias, key_bias[None], None)
-    return _linear(rows, weight, bias).squeeze(1)
+    return weight, None if query_bias is None else _linear(query_bias, key_bias[None], None)
+
+
+def _at_once(
+    rows: Tensor,
+    query_maps: list[Map],
+    maps: Maps,
+    residual: Tensor | None,
+    stacks: list[Tensor],
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """(out [M, H] in values' dtype, p [M, N]): few rows, torch.compile, or a GPU."""
+    g = rows
+    for weight, bias in query_maps:
+        g = g if weight is None else _linear(g, weight, bias)
+    if g.dtype != stacks[0].dtype:
+        g = g.to(accumulate_dtype(torch.promote_types(g.dtype, stacks[0].dtype)))
+    offset = None
+    if maps.score_weight is not None:
+        offset = _linear(rows, maps.score_weight, maps.score_bias).squeeze(1)
+        offset = offset.to(accumulate_dtype(g.dtype))
+    ctx, p = attend(g, stacks, offset, *options)
+    del g  # without a gradient its memory serves the output
+    return _output(ctx, maps.value_weight, residual).to(stacks[0].dtype), p
 
 
 def _output(ctx: Tensor, value_weight: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -1,7 +1,8 @@
 """cross_entropy: the loss over a vocabulary, without a second tensor of the logits' size.
 
 PyTorch keeps the log-softmax of the logits for the backward pass and makes two more such tensors
-there. Here the forward pass keeps one number a row and the backward pass writes the gradient only.
+there. Here the forward pass keeps one number a row and the backward pass writes the gradient only:
+over the logits themselves where the graph is all that still holds them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _check, _cpu
 from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._saved import hooked, owned
 from fusetune.ops._weight import as_rows
 from fusetune.reference import cross_entropy as reference
 
@@ -101,9 +103,10 @@ def _cpu_backward(
     lse: torch.Tensor,
     ignore_index: int,
     label_smoothing: float,
+    in_place: bool,
 ) -> torch.Tensor:
     m, v = logits.shape
-    dlogits = _cpu.empty(m, v, dtype=logits.dtype)
+    dlogits = logits if in_place else _cpu.empty(m, v, dtype=logits.dtype)
     dloss, target = dloss.contiguous(), target.contiguous()
     _cpu.kernels().cross_entropy_backward(
         _cpu.matrix(logits),
@@ -160,10 +163,11 @@ def _backward(
     lse: torch.Tensor,
     ignore_index: int,
     label_smoothing: float,
+    in_place: bool = False,
 ) -> torch.Tensor:
     rows = as_rows(logits, logits.shape[1])
     run = OP_BACKWARD.run(logits.device.type, logits.dtype, None)
-    dlogits: torch.Tensor = run(dloss, rows, target, lse, ignore_index, label_smoothing)
+    dlogits: torch.Tensor = run(dloss, rows, target, lse, ignore_index, label_smoothing, in_place)
     return dlogits
 
 
@@ -180,14 +184,19 @@ class _CrossEntropy(torch.autograd.Function):
         label_smoothing: float,
     ) -> torch.Tensor:
         loss, lse = _forward(logits, target, ignore_index, label_smoothing)
-        ctx.save_for_backward(logits, target, lse)
+        ctx.save_for_backward(logits.detach(), target, lse)
         ctx.plain = (ignore_index, label_smoothing)
+        ctx.hooked = hooked()
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _backward(dloss, *ctx.saved_tensors, *ctx.plain), None, None, None
+        logits, target, lse = ctx.saved_tensors
+        in_place = not ctx.hooked and owned(logits)
+        ignore_index, smoothing = ctx.plain
+        dlogits = _backward(dloss, logits, target, lse, ignore_index, smoothing, in_place)
+        return dlogits, None, None, None
 
 
 # --- torch.library: what torch.compile, export and fake tensors see -------------------------------

@@ -70,18 +70,20 @@ def fusion_attend(
     temperature: float,
     dropout_p: float,
     seed: Tensor | None,
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """g [M, H], values stacks [n, M, H] of N adapters in all, offset [M] -> (ctx [M, H], p [M, N]).
 
     p = softmax(drop(g . values_i + offset) / temperature), ctx = sum_i p_i values_i. ctx is in g's
-    dtype, p in fp32 (float64 for float64).
+    dtype, p in fp32 (float64 for float64). first_row: where g, offset and the results are a block
+    of rows: which one of values, and of the dropout's matrix, is its first.
     """
     acc = accumulate_dtype(g.dtype)
-    stack = torch.cat([part.to(acc) for part in values])
+    stack = torch.cat([part[:, first_row : first_row + len(g)].to(acc) for part in values])
     scores = torch.einsum("mh,nmh->mn", g.to(acc), stack)
     if offset is not None:
         scores += offset.to(acc)[:, None]
-    p = (dropout(scores, dropout_p, seed) / temperature).softmax(1)
+    p = (dropout(scores, dropout_p, seed, first_row) / temperature).softmax(1)
     return torch.einsum("mn,nmh->mh", p, stack).to(g.dtype).contiguous(), p.contiguous()
 
 
@@ -94,20 +96,22 @@ def fusion_attend_backward(
     dropout_p: float,
     seed: Tensor | None,
     need_dvalues: bool,
+    first_row: int = 0,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """(dg [M, H] in g's dtype, dvalues like values, doffset [M] like p).
 
         dp_i = dctx . values_i       ds_i = drop'(p_i (dp_i - sum_j p_j dp_j)) / temperature
         dg = sum_i ds_i values_i     dvalues_i = p_i dctx + ds_i g       doffset = sum_i ds_i
 
-    dvalues is empty where it is not needed.
+    dvalues is empty where it is not needed. first_row: as in fusion_attend;
+    dvalues are the block's.
     """
     acc = accumulate_dtype(g.dtype)
-    stack = torch.cat([part.to(acc) for part in values])
+    stack = torch.cat([part[:, first_row : first_row + len(g)].to(acc) for part in values])
     upper = dctx.to(acc)
     dp = torch.einsum("mh,nmh->mn", upper, stack)
     ds = p * (dp - (p * dp).sum(1, keepdim=True))
-    ds = dropout(ds / temperature, dropout_p, seed)
+    ds = dropout(ds / temperature, dropout_p, seed, first_row)
     dg = torch.einsum("mn,nmh->mh", ds, stack).to(g.dtype).contiguous()
     if not need_dvalues:
         return dg, [], ds.sum(1)

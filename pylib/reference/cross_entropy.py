@@ -48,10 +48,14 @@ def cross_entropy_backward(
     lse: torch.Tensor,
     ignore_index: int,
     label_smoothing: float,
+    in_place: bool = False,
 ) -> torch.Tensor:
-    """dloss [M] and what `cross_entropy` took and gave -> dlogits [M, V] in the logits' dtype."""
+    """dloss [M] and what `cross_entropy` took and gave -> dlogits [M, V] in the logits' dtype.
+
+    in_place: the logits' memory is written over.
+    """
     acc = accumulate_dtype(logits.dtype)
-    dlogits = torch.empty_like(logits)
+    dlogits = logits if in_place else torch.empty_like(logits)
     for rows in _blocks(logits):
         kept = target[rows] != ignore_index
         index = torch.where(kept, target[rows], 0)[:, None]

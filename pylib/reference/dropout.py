@@ -48,22 +48,30 @@ def philox(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> list[torc
     return [c0, c1, c2, c3]
 
 
-def keep_mask(rows: int, cols: int, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """Which elements of a [rows, cols] matrix are kept: bool [rows, cols] on the seed's device."""
+def keep_mask(
+    rows: int, cols: int, p: float, seed: torch.Tensor, first_row: int = 0
+) -> torch.Tensor:
+    """Which elements of a [rows, cols] matrix are kept: bool [rows, cols] on the seed's device.
+
+    first_row: of the whole matrix, where this is but a block of its rows.
+    """
     value = int(seed)
-    count = rows * cols
-    block = torch.arange((count + 3) // 4, device=seed.device)
+    first, count = first_row * cols, rows * cols
+    block = torch.arange(first // 4, (first + count + 3) // 4, device=seed.device)
     zero = torch.zeros_like(block)
     words = philox((block & _WORD, block >> 32, zero, zero), (value & _WORD, value >> 32))
-    return (torch.stack(words, 1).flatten()[:count] >= threshold_and_scale(p)[0]).view(rows, cols)
+    words_here = torch.stack(words, 1).flatten()[first % 4 :][:count]
+    return (words_here >= threshold_and_scale(p)[0]).view(rows, cols)
 
 
-def dropout(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor:
-    """x [M, K] with dropout applied, in x's dtype. No seed: x itself."""
+def dropout(
+    x: torch.Tensor, p: float, seed: torch.Tensor | None, first_row: int = 0
+) -> torch.Tensor:
+    """x [M, K] with dropout applied, in x's dtype. No seed: x itself. first_row: as above."""
     if seed is None:
         return x
     scale = torch.tensor(threshold_and_scale(p)[1], dtype=torch.float32, device=x.device)
     kept = (
         x * scale if x.dtype in (torch.float32, torch.float64) else (x.float() * scale).to(x.dtype)
     )
-    return torch.where(keep_mask(x.shape[0], x.shape[1], p, seed), kept, 0)
+    return torch.where(keep_mask(x.shape[0], x.shape[1], p, seed, first_row), kept, 0)

@@ -40,6 +40,6 @@ def calls(monkeypatch):
 
         return count
 
-    for name in ("lora_linear", "dora_linear", "linear_4bit", "cross_entropy"):
+    for name in ("lora_linear", "dora_linear", "linear_4bit", "cross_entropy", "swiglu"):
         monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
     return names

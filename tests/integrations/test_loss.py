@@ -48,6 +48,10 @@ def test_loss_and_gradient(stock, fused, dtype, options, calls):
     assert got[0].dtype == torch.float32
 
 
+def losses(model, **options):
+    return [row for row in fusetune.fuse(model, **options).rows if row.method == "cross-entropy"]
+
+
 def test_labels_that_come_shifted():
     logits, labels, vocabulary = batch()
     options = {"shift_labels": labels.roll(1)}
@@ -67,26 +71,26 @@ def test_all_labels_ignored_gives_nan_as_stock():
 def test_installed_on_language_models(kind, calls):
     model, inputs = getattr(tiny_models, kind)()
     expected = tiny_models.loss_and_grads(copy.deepcopy(model), inputs)
-    [row] = fusetune.fuse(model).rows
+    [row] = losses(model)
     assert (row.method, row.module, row.reason) == ("cross-entropy", "", None)
     got = tiny_models.loss_and_grads(model, inputs)
-    assert calls == ["cross_entropy"]
+    assert calls.count("cross_entropy") == 1
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
     clone = copy.deepcopy(model)
     fusetune.unfuse(model)
     assert "_loss_function" not in model.__dict__
     model(**inputs)
-    assert len(calls) == 1
+    assert calls.count("cross_entropy") == 1
     clone(**inputs)
-    assert len(calls) == 2
+    assert calls.count("cross_entropy") == 2
 
 
 def test_a_loss_of_ones_own_is_left_alone(calls):
     model, inputs = tiny_models.llama()
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
-    assert fusetune.fuse(model).rows == []
+    assert losses(model) == []
     model(**inputs)
-    assert calls == []
+    assert "cross_entropy" not in calls
     fusetune.unfuse(model)
     assert model.loss_function.__name__ == "<lambda>"
 
@@ -101,5 +105,5 @@ def test_models_with_another_loss_are_left_alone(kind):
 
 def test_can_be_left_out():
     model, _ = tiny_models.llama()
-    assert fusetune.fuse(model, loss=False).rows == []
+    assert losses(model, loss=False) == []
     assert "_loss_function" not in model.__dict__

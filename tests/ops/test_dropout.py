@@ -56,6 +56,16 @@ def test_expected_value_is_kept():
     assert abs(draws.mean() - x.mean()) < bound
 
 
+@pytest.mark.parametrize("columns", [1, 3, 4, 7])
+def test_a_block_of_rows(columns):
+    """Wherever it begins within a counter's four words."""
+    seed = seed_of(2**40 + 3)
+    whole = reference.keep_mask(37, columns, 0.4, seed)
+    for first, rows in ((0, 37), (1, 5), (6, 1), (30, 7), (12, 0)):
+        got = reference.keep_mask(rows, columns, 0.4, seed, first)
+        assert got.equal(whole[first : first + rows])
+
+
 def test_extreme_probabilities():
     x = torch.randn(5, 7)
     assert torch.equal(reference.dropout(x, 1.0, seed_of(1)), torch.zeros(5, 7))

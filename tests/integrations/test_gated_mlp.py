@@ -1,0 +1,183 @@
+"""The fused activation of gated MLPs: the same numbers, on the MLPs it is for, and reversible."""
+
+import copy
+import importlib
+import pickle
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import fusetune
+from fusetune.integrations import transformers_mlp
+
+SIZES = {"hidden_size": 32, "intermediate_size": 40}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "granite", "deepseek_v3")
+
+
+def mlp(family="llama", **options):
+    """One MLP of a family, by its own config."""
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    [name] = [name for name in vars(modeling) if name.lower() == family.replace("_", "") + "mlp"]
+    config = getattr(modeling, name.removesuffix("MLP") + "Config")(**SIZES, **options)
+    return nn.ModuleList([getattr(modeling, name)(config)])
+
+
+def step(module, x):
+    x = x.clone().requires_grad_()
+    y = module(x)
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    parameters = [module.get_parameter(name) for name in names]
+    return y.detach(), *torch.autograd.grad(y.square().sum(), [x, *parameters])
+
+
+def rows(model):
+    return [row for row in fusetune.fuse(model).rows if row.method == "swiglu"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_step_in_every_family(family, calls):
+    model = mlp(family)
+    x = torch.randn(2, 5, 32)
+    expected = step(model[0], x)
+    [row] = rows(model)
+    assert row.fused
+    torch.testing.assert_close(step(model[0], x), expected)
+    assert calls == ["swiglu"]
+
+
+def test_a_model_s_loss_and_gradients(calls):
+    model, inputs = tiny_models.llama()
+    expected = tiny_models.loss_and_grads(copy.deepcopy(model), inputs)
+    assert [row.module for row in rows(model)] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    got = tiny_models.loss_and_grads(model, inputs)
+    assert calls == ["swiglu", "swiglu", "cross_entropy"]
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_projections_with_adapters_are_called(four_bit, calls):
+    model, inputs = tiny_models.lora_llama(layers=1, four_bit=four_bit)
+    expected = tiny_models.loss_and_grads(model, inputs)
+    assert fusetune.fuse(model).stock == []
+    got = tiny_models.loss_and_grads(model, inputs)
+    assert calls.count("swiglu") == 1
+    assert calls.count("lora_linear") == 7
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_on_projections_and_on_the_mlp_are_called(calls):
+    model, x, seen = mlp(), torch.randn(2, 32), []
+    fusetune.fuse(model)
+    for name, module in model[0].named_modules():
+        if name != "act_fn":
+            module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    model[0](x)
+    assert seen == ["gate_proj", "up_proj", "down_proj", ""]
+    assert calls == ["swiglu"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.act_fn.register_forward_hook(lambda *_: None), "act_fn has hooks"),
+        (lambda m: setattr(m, "act_fn", nn.GELU()), "act_fn is a GELU, not a plain SiLU"),
+        (lambda m: setattr(m.act_fn, "forward", torch.tanh), "act_fn has a forward of its own"),
+    ],
+    ids=["hook", "another", "replaced"],
+)
+def test_what_hangs_on_the_activation_is_respected(change, reason, calls):
+    model, x = mlp(), torch.randn(3, 32)
+    stock = copy.deepcopy(model)
+    report = fusetune.fuse(model)
+    change(model[0]), change(stock[0])
+    [row] = report.refresh().rows
+    assert row.reason == reason
+    assert torch.equal(model[0](x), stock[0](x))
+    assert calls == []
+
+
+def test_other_activations_and_forwards_are_left_alone():
+    class Own(LlamaMLP):
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+
+    gemma = mlp("gemma", hidden_act="gelu_pytorch_tanh")
+    own = nn.ModuleList([Own(mlp()[0].config)])
+    for model in (gemma, own):
+        kind = type(model[0])
+        assert fusetune.fuse(model).rows == []
+        assert type(model[0]) is kind
+
+
+def test_a_forward_that_differs_is_not_the_stock_one(monkeypatch):
+    def swapped(self, x):
+        down_proj = self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+        return down_proj
+
+    assert transformers_mlp._has_the_stock_forward(LlamaMLP)
+    monkeypatch.setattr(LlamaMLP, "forward", swapped)
+    assert not transformers_mlp._has_the_stock_forward(LlamaMLP)
+
+
+def test_half_precision_and_float64(calls):
+    model, x = mlp(), torch.randn(4, 32)
+    fusetune.fuse(model)
+    for dtype, fused in ((torch.bfloat16, True), (torch.float16, True), (torch.float64, False)):
+        stock = copy.deepcopy(model).to(dtype)
+        fusetune.unfuse(stock)
+        calls.clear()
+        got = copy.deepcopy(model).to(dtype)[0](x.to(dtype))
+        assert bool(calls) == fused
+        expected = stock[0](x.to(dtype))
+        assert got.dtype == dtype
+        allowed = 4 * torch.finfo(dtype).eps * expected.abs().max()  # two roundings each, and sums
+        assert (got - expected).abs().max() <= allowed
+
+
+def test_fuse_and_unfuse_leave_no_trace():
+    model = mlp()
+    before = {name: (type(m), dict(m.__dict__)) for name, m in model.named_modules()}
+    keys = list(model.state_dict())
+    fusetune.fuse(model)
+    assert isinstance(model[0], LlamaMLP)
+    assert type(model[0]) is not LlamaMLP
+    assert list(model.state_dict()) == keys
+    fusetune.fuse(model)
+    fusetune.unfuse(model)
+    for name, module in model.named_modules():
+        assert (type(module), module.__dict__) == before[name]
+    with fusetune.fused(model):
+        assert type(model[0]) is not LlamaMLP
+    assert type(model[0]) is LlamaMLP
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_fused_and_independent(copied, calls):
+    model, x = mlp(), torch.randn(3, 32)
+    fusetune.fuse(model)
+    expected = model[0](x)
+    clone = copied(model)
+    with torch.no_grad():
+        model[0].gate_proj.weight.zero_()
+    calls.clear()
+    assert torch.equal(clone[0](x), expected)
+    assert calls == ["swiglu"]
+    fusetune.unfuse(clone)
+    assert type(clone[0]) is LlamaMLP
+
+
+def test_checkpointing_recomputes_it(calls):
+    model, inputs = tiny_models.llama()
+    model.train()
+    expected = tiny_models.loss_and_grads(model, inputs)
+    fusetune.fuse(model)
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        calls.clear()
+        got = tiny_models.loss_and_grads(model, inputs)
+        assert calls.count("swiglu") == 4
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
