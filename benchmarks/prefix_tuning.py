@@ -29,6 +29,7 @@ import fusetune
 from fusetune.demo import model as models
 from fusetune.demo.data import PackedText, load_documents
 from fusetune.demo.memory import status_mib
+from fusetune.env import cpu_name
 
 FOLDER = Path("demo_output") / "dense"
 BATCH, LENGTH = 8, 128
@@ -182,7 +183,8 @@ def main() -> None:
             for what, part in (("peak of the process", ""), ("of that the steps", ", steps alone")):
                 print(f"P={tokens}: {what}: " + compared(row, part), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        report = {"cpu": cpu_name(), "threads": options.threads, "rows": found}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

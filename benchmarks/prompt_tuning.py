@@ -23,6 +23,7 @@ import torch
 import fusetune
 from benchmarks.prefix_tuning import FOLDER, base_folder
 from fusetune.demo import model as models
+from fusetune.env import cpu_name
 
 BATCH, TOKENS, PROMPT = 8, 128, 20
 LONGER = "no prompt, as many positions"
@@ -120,7 +121,8 @@ def main() -> None:
             f"the step on as many positions; loss {row['loss']:.6f}"
         )
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        report = {"cpu": cpu_name(), "threads": options.threads, "rows": found}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import fusetune
-from benchmarks import bound
+from benchmarks import bound, method_tables
 from examples import adapters_report, prompts_report
 from fusetune.bench import table
 
@@ -78,9 +78,10 @@ def section(name: str) -> str:
     if name == "adapters":
         return f"{adapters_report.tables(json.loads(ADAPTERS.read_text()))}\n"
     if name == "prompts":
-        if not PROMPTS.exists():
-            return "Not measured yet.\n"
         return f"{prompts_report.table(json.loads(PROMPTS.read_text()))}\n"
+    if name in ("prefix_tuning", "prompt_tuning"):
+        path = RESULTS / f"{name.replace('_', '-')}.json"
+        return f"{getattr(method_tables, name)(json.loads(path.read_text()))}\n"
     return demo_table() if name == "demo" else op_tables(name)
 
 

@@ -44,26 +44,26 @@ PROMPT = {"num_virtual_tokens": LENGTH, "task_type": "CAUSAL_LM"}
 METHODS = (
     Method(
         "prompt tuning",
-        (3e-3, 1e-2, 3e-2, 1e-1),
+        (1e-2, 3e-2, 1e-1),
         3e-2,
         lambda folder: fusetune.PromptTuningConfig(init="sampled_vocab", init_seed=0, **PROMPT),
     ),
-    Method("P-tuning", (3e-4, 1e-3, 3e-3, 1e-2), 3e-3, _template),
+    Method("P-tuning", (1e-3, 3e-3, 1e-2), 1e-2, _template),
     Method(
         "P-tuning v2",
-        (3e-3, 1e-2, 3e-2, 1e-1),
-        3e-2,
+        (1e-2, 3e-2, 1e-1),
+        1e-1,
         lambda folder: fusetune.PTuningV2Config(**PROMPT),
     ),
     Method(
         "prefix tuning",
-        (3e-4, 1e-3, 3e-3, 1e-2),
-        1e-3,
+        (3e-4, 1e-3, 3e-3),
+        3e-4,
         lambda folder: fusetune.PrefixTuningConfig(prefix_projection=True, **PROMPT),
     ),
     Method(
         "LoRA",
-        (3e-4, 1e-3, 3e-3, 1e-2),
+        (1e-3, 3e-3, 1e-2),
         3e-3,
         lambda folder: LoraConfig(
             r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"

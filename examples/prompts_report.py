@@ -46,7 +46,7 @@ def table(report: dict[str, Any]) -> str:
         f"{setting['labels']} categories; {setting['train']:,} glosses to train on, "
         f"{setting['steps']} steps of {setting['batch']}; {setting['held_out']} held out; "
         f"prompts of {setting['length']}. Means of {setting['seeds']} seeds; each learning rate is "
-        "the best of four on further glosses:",
+        "the best of three on further glosses:",
         text,
         verdict(report["rows"]),
         f"On {setting['cpu']}, {setting['threads']} threads.",

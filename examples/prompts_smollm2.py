@@ -9,7 +9,7 @@ Writes OUT/prompts-smollm2.json and OUT/prompts_smollm2.png, and prints the tabl
 The task is to name the category of a WordNet gloss as the next token (smollm2.py). All prompts have
 LENGTH trained positions: as input embeddings in prompt tuning and P-tuning (v1), where the sequence
 grows by them, and as keys and values of every layer in P-tuning v2 and prefix tuning. All methods
-see the same batches in the same order, once for each seed. Each learning rate is the best of four
+see the same batches in the same order, once for each seed. Each learning rate is the best of three
 by prompts_rates.py, on glosses that are held out from both training and the table.
 """
 
