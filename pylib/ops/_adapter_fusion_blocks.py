@@ -31,7 +31,7 @@ from fusetune.reference.linear_4bit import accumulate_dtype
 Tensor = torch.Tensor
 
 # Weights are read, and their gradients read and written, for every block: one of 256 rows makes a
-# pass 3 % longer.
+# pass 3 % longer. Where g has 16 bits a block has twice as many rows, and as many bytes.
 BLOCK_ROWS = 512
 
 
@@ -79,9 +79,10 @@ def fuse(
     return out, p
 
 
-def _blocks(m: int) -> Iterator[slice]:
-    for first in range(0, m, BLOCK_ROWS):
-        yield slice(first, min(first + BLOCK_ROWS, m))
+def _blocks(m: int, dtype: torch.dtype) -> Iterator[slice]:
+    rows = BLOCK_ROWS * max(1, 4 // dtype.itemsize)
+    for first in range(0, m, rows):
+        yield slice(first, min(first + rows, m))
 
 
 def _autocast_dtype() -> torch.dtype | None:
@@ -171,7 +172,7 @@ def _forward(
             out[block] = ctx if addend is None else ctx + addend
 
     with torch.autocast("cpu", enabled=False):
-        for block in _blocks(m):
+        for block in _blocks(m, steps.dtype):
             attend_block(block)
     return out, p
 
@@ -291,5 +292,5 @@ def _backward(
         if steps.score is not None:
             into += steps.score.dx(doffset.unsqueeze(1))
 
-    for block in _blocks(len(rows)):
+    for block in _blocks(len(rows), steps.dtype):
         block_backward(block)

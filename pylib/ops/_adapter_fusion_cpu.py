@@ -14,7 +14,7 @@ _NONE = (0, 0, 0)  # no matrix
 
 
 def _addresses(stacks: Sequence[Tensor], first_row: int) -> list[int]:
-    """Of row first_row of each adapter. Views of rows would do, but take 5 µs for each adapter."""
+    """Of row first_row of each adapter: by arithmetic, as views of rows cost more for every one."""
     return [
         stack.data_ptr() + (i * stack.stride(0) + first_row * stack.stride(1)) * stack.itemsize
         for stack in stacks
