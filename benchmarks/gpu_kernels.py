@@ -25,7 +25,6 @@ FULL = Sizes(4096, 4096, 4096)
 SMALL = Sizes(256, 256, 512)
 BERT_ADAPTER = Sizes(4096, 48, 768)
 WIDE_ADAPTER = Sizes(2048, 64, 4096)
-MANY_ROWS = Sizes(16384, 48, 768)
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,6 @@ TRITON = (
         for name, call, sizes, least in (
             ("bottleneck", bottleneck.forward, BERT_ADAPTER, bottleneck.forward_bytes),
             ("bottleneck, wide", bottleneck.forward, WIDE_ADAPTER, bottleneck.forward_bytes),
-            ("bottleneck, many rows", bottleneck.forward, MANY_ROWS, bottleneck.forward_bytes),
             (
                 "bottleneck, other residual, dropout",
                 lambda s, arch: bottleneck.forward(s, arch, same=False, p=DROPOUT),
