@@ -156,7 +156,7 @@ class Tiles(NamedTuple):
 def tiles(m: int, h: int, x: torch.dtype, ranks: int, n_terms: int) -> Tiles:
     """Chosen so that nothing spills. ranks: d as the tiles have it."""
     if x == torch.float32:
-        return Tiles(32, 32, 4 if ranks <= 64 else 8, 2)
+        return Tiles(32, 32 if ranks <= 128 else 16, 4 if ranks <= 64 else 8, 2)
     vectors = h % 8 == 0  # else addresses take the registers
     if ranks <= 64:
         if n_terms > 1:
