@@ -162,6 +162,7 @@ def tiles(m: int, h: int, x: torch.dtype, ranks: int, n_terms: int) -> Tiles:
         if n_terms > 1:
             return Tiles(64, 32, 8, 3)
         return Tiles(64, 64 if vectors else 32, 8, 4)
+    # Twice as many halve what is loaded of the weights, if half of the multiprocessors have any.
     rows = 64 if vectors and m >= 64 * PROGRAMS // 2 else 32
     if n_terms > 1:
         return Tiles(rows, 16, 8, 2)
