@@ -5,8 +5,12 @@
 
 Compiled for every architecture: no spills, no stack, shared memory that the device has, the
 instructions that a kernel is written for, registers within 8 of the record. Executed by the
-simulator at a small fixed shape: sectors of global memory, wavefronts of shared memory and floating
-point operations of matrix instructions, all exactly as recorded.
+simulator at a fixed shape: sectors of global memory, wavefronts of shared memory and floating point
+operations of matrix instructions, all exactly as recorded.
+
+Where a case says what is compulsory, two more figures, as multiples of it. `executed`: all that
+warps load and store. `memory`: what of it passes through a cache of L2's size, which holds at first
+nothing. Within the case's limit for the cache of an A100; for a small one as recorded.
 
 Found once for every state of the sources, and kept in build/budgets.
 """
@@ -35,7 +39,8 @@ from benchmarks.gpu_kernels import CUDA, TRITON, Case
 from fusetune.sim import compile as offline
 from fusetune.sim import cuda_sim
 from fusetune.sim.cuda_build import find_nvcc
-from fusetune.sim.run import accept_cpu_tensors
+from fusetune.sim.ptx.traffic import SECTOR
+from fusetune.sim.run import Launch, accept_cpu_tensors
 from fusetune.sim.triton_driver import MAX_SHARED, simulated_driver
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +48,7 @@ RECORD = ROOT / "tests" / "compile" / "budgets.json"
 KEPT = ROOT / "build" / "budgets"
 
 BAND = 8  # registers
+L2_MIB = (6, 40)  # of an RTX 3090 and of an A100
 EXECUTED = (75, 80)  # matrix instructions that only later architectures have are not simulated
 
 # Machine instructions by what they are for, and the first architecture that has them.
@@ -195,16 +201,31 @@ def _execute(backend: str, name: str, arch: int) -> Found:
             case.call(case.small, arch)
     else:
         case = _case(TRITON, name)
-        with simulated_driver(arch) as run, accept_cpu_tensors("triton"):
+        traced = case.compulsory is not None
+        with simulated_driver(arch, traced) as run, accept_cpu_tensors("triton"):
             case.call(case.small, arch)
-    counts = next(launch.counts for launch in run.launches if case.kernel in launch.kernel)
+    launch = next(launch for launch in run.launches if case.kernel in launch.kernel)
+    counts = launch.counts
+    numbers = {
+        "load sectors": counts.global_load_sectors,
+        "store sectors": counts.global_store_sectors,
+        "shared wavefronts": counts.shared_wavefronts,
+        "mma flops": counts.mma_flops,
+    }
+    return {f"sm_{arch}, {name}": numbers | multiples(case, launch)}
+
+
+def multiples(case: Case, launch: Launch) -> dict[str, Any]:
+    """What a launch moves, in multiples of what is compulsory; nothing where no case says that."""
+    if case.compulsory is None or launch.trace is None:
+        return {}
+    least = case.compulsory(case.small) / SECTOR
+    moved = {size: launch.trace.memory_sectors(size << 20) / least for size in L2_MIB}
+    beyond = moved[max(L2_MIB)] > case.within
     return {
-        f"sm_{arch}, {name}": {
-            "load sectors": counts.global_load_sectors,
-            "store sectors": counts.global_store_sectors,
-            "shared wavefronts": counts.shared_wavefronts,
-            "mma flops": counts.mma_flops,
-        }
+        "executed": round(launch.counts.global_sectors / least, 3),
+        **{f"memory, L2 of {size} MiB": round(times, 3) for size, times in moved.items()},
+        "beyond": f"memory moves more than {case.within} times the least" if beyond else "",
     }
 
 
@@ -230,7 +251,7 @@ def _one_thread() -> None:
 def _kept(part: str, sources: Iterable[str], find: Callable[[], Found]) -> Found:
     """What `find` finds, once for every state of the sources."""
     key = hashlib.sha256(repr((toolchain(), sys.version)).encode())
-    own = ("budgets", "gpu_kernels", "gpu_launches", "gpu_prompts")
+    own = ("budgets", "gpu_kernels", "gpu_launches", "gpu_bottleneck", "gpu_prompts")
     for name in (*(f"benchmarks/{file}.py" for file in own), *sources):
         path = ROOT / name
         files = (
@@ -288,6 +309,8 @@ def compare(recorded: Found, found: Found) -> list[Row]:
 def _verdict(kernel: str, what: str, recorded: Any, found: Any) -> str:
     if what in ("stack", "spills"):
         return "must be 0" if found else ""
+    if what == "beyond":
+        return str(found)
     if what == "missing":
         return f"no {' and no '.join(found)}" if found else ""
     if what == "shared":
@@ -311,12 +334,15 @@ def table(rows: Iterable[Row]) -> str:
     return str(tabulate(rows, headers=["kernel", "", "recorded", "found", "verdict"]))
 
 
+_NOT_RECORDED = ("stack", "spills", "missing", "beyond")
+
+
 def record(parts: dict[str, Found]) -> str:
     """The file: a line for each kernel. What is always zero or empty is left out."""
     lines = [f' "toolchain": {json.dumps(toolchain())}']
     for part, found in parts.items():
         kept = {
-            kernel: {k: v for k, v in numbers.items() if k not in ("stack", "spills", "missing")}
+            kernel: {k: v for k, v in numbers.items() if k not in _NOT_RECORDED}
             for kernel, numbers in sorted(found.items())
         }
         body = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in kept.items())
@@ -333,9 +359,7 @@ def main() -> int:
     rows = [row for name, found in parts.items() for row in compare(recorded.get(name, {}), found)]
     if options.update:
         # What no record can allow is not recorded either.
-        never = [
-            row for row in broken(rows) if row.what in ("stack", "spills", "missing", "shared")
-        ]
+        never = [row for row in broken(rows) if row.what in (*_NOT_RECORDED, "shared")]
         print(table(broken(rows)))
         if never:
             print("\nnothing is recorded: these are not a matter of a record\n\n" + table(never))

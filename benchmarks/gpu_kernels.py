@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 import torch
 
+from benchmarks import gpu_bottleneck as bottleneck
 from benchmarks import gpu_launches as launches
 from benchmarks import gpu_prompts as prompts
 from benchmarks.gpu_launches import DROPOUT, Sizes
@@ -21,7 +23,8 @@ Backend = Literal["triton", "cuda"]
 
 FULL = Sizes(4096, 4096, 4096)
 SMALL = Sizes(256, 256, 512)
-_ADAPTER = Sizes(4096, 48, 768)
+BERT_ADAPTER = Sizes(4096, 48, 768)
+WIDE_ADAPTER = Sizes(2048, 64, 4096)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Case:
     kernel: its name, of the launches that `call` makes. needs: what has to be among its machine
     instructions, see benchmarks/budgets.py; newest: the tensor cores of the newest kind, where an
     architecture has several. small: sizes at which it is executed and counted; it is compiled for
-    those of `full`. turing: whether the ops offer it on sm_75.
+    those of `full`. turing: whether the ops offer it on sm_75. compulsory: the least that it has to
+    move at given sizes, in bytes; memory may have to move `within` times that.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Case:
     small: Sizes = SMALL
     full: Sizes = FULL
     turing: bool = True
+    compulsory: Callable[[Sizes], int] | None = None
+    within: float = inf
 
     def archs(self, known: Iterable[int]) -> list[int]:
         """Of the architectures, those on which the ops offer it."""
@@ -173,17 +179,54 @@ TRITON = (
         Case(
             name,
             "triton",
+            "_bottleneck",
+            call,
+            _PIPELINED,
+            small=sizes,
+            full=sizes,
+            turing=False,
+            compulsory=least,
+            within=1.05,
+        )
+        for name, call, sizes, least in (
+            ("bottleneck", bottleneck.forward, BERT_ADAPTER, bottleneck.forward_bytes),
+            ("bottleneck, wide", bottleneck.forward, WIDE_ADAPTER, bottleneck.forward_bytes),
+            (
+                "bottleneck, other residual, dropout",
+                lambda s, arch: bottleneck.forward(s, arch, same=False, p=DROPOUT),
+                BERT_ADAPTER,
+                bottleneck.other_residual_bytes,
+            ),
+        )
+    ),
+    *(
+        Case(
+            name,
+            "triton",
             kernel,
             call,
             needs,
-            small=Sizes(128, 48, 768),
-            full=_ADAPTER,
+            small=BERT_ADAPTER,
+            full=BERT_ADAPTER,
             turing=False,
+            compulsory=least,
         )
-        for name, kernel, call, needs in (
-            ("bottleneck", "_bottleneck", launches.bottleneck, _MATMUL),
-            ("bottleneck_backward", "_backward", launches.bottleneck_backward, _MATMUL),
-            ("bottleneck_backward, sums", "_sum_shares", launches.bottleneck_backward, _WIDE),
+        for name, kernel, call, needs, least in (
+            (
+                "bottleneck_backward",
+                "_backward",
+                bottleneck.backward,
+                _MATMUL,
+                bottleneck.backward_bytes,
+            ),
+            (
+                "bottleneck_backward, dropout",
+                "_backward",
+                lambda s, arch: bottleneck.backward(s, arch, DROPOUT),
+                _MATMUL,
+                bottleneck.backward_bytes,
+            ),
+            ("bottleneck_backward, sums", "_sum_shares", bottleneck.backward, _WIDE, None),
         )
     ),
     Case(

@@ -94,7 +94,7 @@ def dora_norm(sizes: Sizes, arch: int) -> None:
     )
 
 
-def _mask(p: float) -> tuple[Tensor | None, int, float]:
+def mask(p: float) -> tuple[Tensor | None, int, float]:
     """(seed, threshold, factor) as the launchers take them."""
     if not p:
         return None, 0, 1.0
@@ -115,7 +115,7 @@ def shrink(
     from fusetune._triton.lora_shrink import launch_lora_shrink
 
     m, _, k = sizes
-    seed, threshold, factor = _mask(p)
+    seed, threshold, factor = mask(p)
     loras = [half(arch, RANK, k, dtype=adapter) for _ in range(count)]
     seeds = None if seed is None else [seed] * count
     launch_lora_shrink(half(arch, m, k), loras, seeds, threshold, factor, arch=arch)
@@ -136,7 +136,7 @@ def da(sizes: Sizes, arch: int, p: float = 0.0, adapter: torch.dtype | None = No
 
     m, _, k = sizes
     out, ds = half(arch, RANK, k, dtype=adapter), fp32(m, RANK)
-    launch_lora_da(half(arch, m, k), ds, out, *_mask(p), terms=terms(out, half_of(arch), arch))
+    launch_lora_da(half(arch, m, k), ds, out, *mask(p), terms=terms(out, half_of(arch), arch))
 
 
 def sum_parts(sizes: Sizes, arch: int) -> None:
@@ -160,7 +160,7 @@ def linear_dx(sizes: Sizes, arch: int, p: float = 0.0) -> None:
 
     m, n, k = sizes
     tail = Tail(fp32(m, RANK), half(arch, RANK, k).T, 1.0)
-    seed, threshold, factor = _mask(p)
+    seed, threshold, factor = mask(p)
     dropout = None if seed is None else Dropout(seed, threshold, factor)
     w = half(arch, n, k)
     launch_linear(half(arch, m, n), w.T, half(arch, m, k), arch=arch, tail=tail, dropout=dropout)
@@ -174,38 +174,6 @@ def dropped_tail(sizes: Sizes, arch: int) -> None:
     tail = Tail(fp32(m, RANK), half(arch, RANK, k).T, 1.0)
     dropout = Dropout(torch.tensor([1]), *threshold_and_scale(DROPOUT))
     launch_linear(None, None, half(arch, m, k), arch=arch, tail=tail, dropout=dropout)
-
-
-def bottleneck(sizes: Sizes, arch: int) -> None:
-    """n: the bottleneck's width, k: the model's."""
-    from fusetune._triton.bottleneck import launch_bottleneck
-
-    m, d, h = sizes
-    down, up = half(arch, 1, d, h), half(arch, 1, h, d)
-    biases = half(arch, 1, d), half(arch, 1, h)
-    launch_bottleneck(
-        half(arch, m, h),
-        down,
-        biases[0],
-        up,
-        biases[1],
-        [m],
-        "gelu",
-        half(arch, m, h),
-        False,
-        arch=arch,
-    )
-
-
-def bottleneck_backward(sizes: Sizes, arch: int) -> None:
-    from fusetune._triton.bottleneck_backward import launch_bottleneck_backward
-
-    m, d, h = sizes
-    down, up, z = half(arch, 1, d, h), half(arch, 1, h, d), half(arch, m, d)
-    dy, x = half(arch, m, h), half(arch, m, h)
-    launch_bottleneck_backward(
-        dy, x, down, up, z, [m], "gelu", False, need_dx=True, need_parameters=True, arch=arch
-    )
 
 
 def attend(sizes: Sizes, arch: int, backward: bool = False) -> None:

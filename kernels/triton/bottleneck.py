@@ -1,12 +1,23 @@
 """y = residual + drop(f(x W_d^T + b_d) W_u^T + b_u), and z = x W_d^T + b_d, for d up to 256.
 
 Tiling: a program has ROWS rows, all of one adapter. It goes over H, COLS columns at a time, for z,
-which stays in registers, and goes over H once more for y. Groups of rows come from a table: any
-number of adapters in one launch. The mask is drawn from its seed in registers.
+which stays in registers, and back over H for y: what it reads twice of x, where x is the residual,
+it last read shortly before. Groups of rows come from a table: any number of adapters in one launch.
+The mask is drawn from its seed in registers.
 
-Bytes, for x of o bytes an element: M H o of x and of y, M d o of z, M H o of a residual that is
-not x, and 2 d H of parameters. From the cache: the parameters, for each of M / ROWS programs, and,
-as the residual, x once more; in registers no card has room for ROWS of it.
+Bytes, for x of o bytes an element. Memory: M H o of x and of y, M d o of z, M H o of a residual
+that is not x, and 2 d H of parameters, each once, as long as L2 holds x of the rows under way.
+Executed, that is loaded into a multiprocessor: x once more as the residual, and the parameters for
+each of M / ROWS programs, d / ROWS times what x and y are. P programs load 1 + P d / M times the
+least whatever their tiles are: to stay within 1.05 of it, M = 4096 and d = 48 would allow 4. So
+1.05 is kept to at memory; benchmarks/budgets.py gates both counts.
+
+Tiles of 128 rows would load less, but put more rows under way than L2 holds. x does not stay on the
+chip between its uses: 64 rows of 768 are 96 KiB, which leaves no room for anything else in the
+shared memory of sm_86, sm_89 and sm_120, and as registers they spill on sm_80.
+
+There is no layer norm: the one after an adapter (Houlsby's and Pfeiffer's in BERT) takes the sum
+with the model's own residual, which the adapter does not see.
 """
 
 from __future__ import annotations
@@ -20,7 +31,7 @@ import triton
 import triton.language as tl
 
 from fusetune._triton._activation import activate
-from fusetune._triton._tile import dot_wide, keep_mask, rank_block, signed, terms
+from fusetune._triton._tile import PROGRAMS, dot_wide, keep_mask, rank_block, signed, terms
 
 
 def most(activations: torch.dtype, weights: torch.dtype) -> int:
@@ -93,6 +104,7 @@ def _bottleneck(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     RANKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     group, first, end = rows_of(table, M, ROWS, GROUPED)
     row, col, rank = first + tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, RANKS)
@@ -112,7 +124,10 @@ def _bottleneck(
     key = 0
     if DROPOUT:
         key = tl.load(seed)
-    for k in range(0, H, COLS):
+    last = (tl.cdiv(H, COLS) - 1) * COLS
+    # Stages of its own: else only what is multiplied is fetched ahead, and the residual is not.
+    for done in tl.range(0, H, COLS, num_stages=STAGES):
+        k = last - done
         part = tl.load(
             up + (k + col)[None, :] * d + rank[:, None],
             mask=(rank < d)[:, None] & (k + col < H)[None, :],
@@ -138,15 +153,20 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def tiles(x: torch.dtype, ranks: int, n_terms: int) -> Tiles:
+def tiles(m: int, h: int, x: torch.dtype, ranks: int, n_terms: int) -> Tiles:
     """Chosen so that nothing spills. ranks: d as the tiles have it."""
     if x == torch.float32:
-        return Tiles(32, 32, 4 if ranks <= 64 else 8, 2)
+        return Tiles(32, 32 if ranks <= 128 else 16, 4 if ranks <= 64 else 8, 2)
+    vectors = h % 8 == 0  # else addresses take the registers
     if ranks <= 64:
-        return Tiles(64, 64 if n_terms == 1 else 32, 8, 2)
+        if n_terms > 1:
+            return Tiles(64, 32, 8, 3)
+        return Tiles(64, 64 if vectors else 32, 8, 4)
+    # Twice as many halve what is loaded of the weights, if half of the multiprocessors have any.
+    rows = 64 if vectors and m >= 64 * PROGRAMS // 2 else 32
     if n_terms > 1:
-        return Tiles(32, 16, 8, 2)
-    return Tiles(32, 64 if ranks <= 128 else 32, 8, 2)
+        return Tiles(rows, 16, 8, 2)
+    return Tiles(rows, 64, 8, 3) if ranks <= 128 else Tiles(rows, 32, 8, 2)
 
 
 @lru_cache(maxsize=64)
@@ -190,7 +210,7 @@ def launch_bottleneck(
         return y, z
     n_terms, block = terms(down_weight, x.dtype, arch), rank_block(d)
     quads = None if seed is None else h % 4 == 0
-    shape = tiles(x.dtype, block, n_terms)
+    shape = tiles(m, h, x.dtype, block, n_terms)
     table = blocks_table(tuple(rows), shape.rows, x.device) if len(rows) > 1 else None
     added = x if same else residual
     _bottleneck[(triton.cdiv(m, shape.rows) if table is None else len(table),)](
@@ -222,6 +242,7 @@ def launch_bottleneck(
         ROWS=shape.rows,
         COLS=shape.cols,
         RANKS=block,
+        STAGES=shape.stages,
         num_warps=shape.warps,
         enable_fp_fusion=True,
         num_stages=shape.stages,

@@ -3,13 +3,15 @@
     dU = drop'(dY)    dZ = (dU W_u) f'(z)    dX = dZ W_d (+ dY)    dW_u = dU^T f(z)    dW_d = dZ^T x
 
 Tiling: a program has a range of rows, all of one adapter, and one of COLUMNS parts of H. First it
-makes f(z) and dZ of its rows, ROWS at a time, from all of dY, and leaves them in memory of its own.
+makes f(z) and dZ of its rows, Z_ROWS at a time, from all of dY, and leaves them in its own memory.
 Then it goes over its columns, COLS at a time: their share of dW_u and dW_d stays in registers while
-it goes over the rows again, and each tile gives dX. bottleneck_sums adds the row ranges' shares.
+it goes over the rows again, ROWS at a time, and each tile gives dX. bottleneck_sums adds the row
+ranges' shares.
 
-Bytes, for dY of o bytes an element: 3 M H o of dY, x and dX, 2 M d o of z and dZ and, with P row
-ranges, 8 P d H of the shares, written; from the cache, COLUMNS more reads of dY, as many of f(z)
-and dZ as there are tiles of columns, and the weights for every block of rows.
+Bytes, for dY of o bytes an element. Memory: 3 M H o of dY, x and dX, M d o of z and, with P row
+ranges, 8 P d H of the shares, written; 2 COLUMNS M RANKS o of f(z) and dZ. Executed moreover:
+COLUMNS reads of dY, f(z) and dZ for each tile of columns, W_u for every block of Z_ROWS rows in
+each of COLUMNS programs, W_d for every range.
 """
 
 from __future__ import annotations
@@ -80,13 +82,14 @@ def _backward(
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     TERMS: tl.constexpr,
+    Z_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
     group, first, end = rows_of(table, M, rows_each, GROUPED)
     part = tl.program_id(1)
-    lane, rank, offset = tl.arange(0, ROWS), tl.arange(0, RANKS), tl.arange(0, COLS)
+    rank, offset = tl.arange(0, RANKS), tl.arange(0, COLS)
     rank_valid = rank < d
     down += group * d * H
     up += group * d * H
@@ -97,9 +100,9 @@ def _backward(
     if DROPOUT:
         key = tl.load(seed)
     down_bias = tl.zeros((RANKS,), tl.float32)
-    for start in range(first, end, ROWS):
-        row = start + lane
-        acc = tl.zeros((ROWS, RANKS), tl.float32)
+    for start in range(first, end, Z_ROWS):
+        row = start + tl.arange(0, Z_ROWS)
+        acc = tl.zeros((Z_ROWS, RANKS), tl.float32)
         for k in range(0, H, COLS):
             col = k + offset
             du = matrix_tile(dy, row, col, end, H, stride_dy)
@@ -138,7 +141,7 @@ def _backward(
         up_share = tl.zeros((COLS, RANKS), tl.float32)
         up_bias = tl.zeros((COLS,), tl.float32)
         for start in tl.range(first, end, ROWS, num_stages=1):  # registers are full as it is
-            row = start + lane
+            row = start + tl.arange(0, ROWS)
             narrow = matrix_tile(dz, row, rank, end, RANKS, RANKS)
             upper = matrix_tile(dy, row, col, end, H, stride_dy)
             if NEED_PARAMETERS:
@@ -170,7 +173,8 @@ def _backward(
 class Plan(NamedTuple):
     """How the work is cut; `plan` makes it."""
 
-    rows: int  # of a block
+    z_rows: int  # of a block that dZ is made of
+    rows: int  # of a block that the gradients are made of
     cols: int
     warps: int
     stages: int
@@ -178,27 +182,30 @@ class Plan(NamedTuple):
     columns: int  # parts of H
 
 
-def plan(m: int, h: int, x: torch.dtype, ranks: int, n_terms: int) -> Plan:
+def plan(m: int, h: int, x: torch.dtype, ranks: int, n_terms: int, dropout: bool) -> Plan:
     """Few ranges of rows, as each has a share of all parameters' gradients; and PROGRAMS in all.
 
     Where a product takes several terms there are more ranges: every part of H makes all of dZ.
     """
-    rows, cols, warps, stages = _tiles(x, ranks, n_terms)
+    z_rows, rows, cols, warps, stages = _tiles(x, ranks, n_terms, dropout)
     ranges = _FEW_RANGES if n_terms == 1 else 2 * _FEW_RANGES
     while ranges < PROGRAMS and m > ranges * _LONGEST:
         ranges *= 2
     rows_each = rows * triton.cdiv(triton.cdiv(m, rows), ranges)
     columns = min(PROGRAMS // ranges, triton.cdiv(h, cols))
-    return Plan(rows, cols, warps, stages, rows_each, columns)
+    return Plan(z_rows, rows, cols, warps, stages, rows_each, columns)
 
 
-def _tiles(x: torch.dtype, ranks: int, n_terms: int) -> tuple[int, int, int, int]:
-    """(ROWS, COLS, warps, stages)"""
+def _tiles(
+    x: torch.dtype, ranks: int, n_terms: int, dropout: bool
+) -> tuple[int, int, int, int, int]:
+    """(Z_ROWS, ROWS, COLS, warps, stages). Chosen so that nothing spills."""
     if x == torch.float32:
-        return 16, 32 if ranks <= 64 else 16, 8, 2
+        return 16, 16, 32 if ranks <= 64 else 16, 8, 2
     if ranks <= 64:
-        return (32, 64, 8, 2) if n_terms == 1 else (16, 64, 8, 2)
-    return 16, 32, 8, 2
+        few = dropout or n_terms > 1
+        return 64 if n_terms == 1 else 32, 16 if few else 32, 64, 8, 2
+    return 32, 16, 32, 8, 2
 
 
 def launch_bottleneck_backward(
@@ -227,7 +234,7 @@ def launch_bottleneck_backward(
     if m == 0 or not (need_dx or need_parameters):
         return grads
     n_terms, block = terms(down_weight, x.dtype, arch), rank_block(d)
-    cut = plan(m, h, x.dtype, block, n_terms)
+    cut = plan(m, h, x.dtype, block, n_terms, seed is not None)
     table = blocks_table(tuple(rows), cut.rows_each, device) if g > 1 else None
     ranges = triton.cdiv(m, cut.rows_each) if table is None else len(table)
     narrow = x.dtype if n_terms == 1 else torch.float32  # dW_d has its weight's precision
@@ -270,6 +277,7 @@ def launch_bottleneck_backward(
         DROPOUT=seed is not None,
         ALIGNED=seed is not None and h % 4 == 0,
         TERMS=n_terms,
+        Z_ROWS=cut.z_rows,
         ROWS=cut.rows,
         COLS=cut.cols,
         RANKS=block,

@@ -6,7 +6,8 @@
 
 Out-of-bounds and misaligned accesses, shared-memory races, reads of what was never written and
 barriers that cannot open raise a `SimError`, and so does every instruction or modifier that is not
-known; memory traffic is counted exactly.
+known; memory traffic is counted exactly, and `simulated_driver(traced=True)` keeps it in order, for
+what of it a cache lets through.
 
 Not modelled: time; wgmma, tcgen05, TMA and mbarrier (kernels that use them on sm_90 and sm_100 run
 here in their sm_80 build); races between CTAs, and between the threads of one warp that follow one

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 
 from fusetune.sim.counts import Counts
+from fusetune.sim.ptx.trace import Trace
 
 Dim3 = tuple[int, int, int]
 
@@ -20,6 +21,7 @@ class Launch:
     grid: Dim3
     block: Dim3
     counts: Counts
+    trace: Trace | None = None  # of a run that was traced
 
 
 @dataclass

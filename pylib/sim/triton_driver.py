@@ -15,6 +15,7 @@ from typing import Any
 
 from fusetune.sim.errors import SimError
 from fusetune.sim.ptx import Program
+from fusetune.sim.ptx.trace import Trace
 from fusetune.sim.run import Dim3, Launch, Run, accept_cpu_tensors
 
 # Shared memory in bytes that one CTA may ask for, by architecture (CUDA programming guide).
@@ -37,15 +38,19 @@ def triton_sim(arch: int = 80) -> Iterator[Run]:
 
 
 @contextmanager
-def simulated_driver(arch: int = 80) -> Iterator[Run]:
-    """Executes Triton kernels on CPU tensors, whosever they are; nothing of the ops changes."""
+def simulated_driver(arch: int = 80, traced: bool = False) -> Iterator[Run]:
+    """Executes Triton kernels on CPU tensors, whosever they are; nothing of the ops changes.
+
+    traced: every launch has a trace of its accesses to global memory.
+    """
     run = Run(arch)
 
     def execute(kernel: Compiled, grid: Dim3, args: list[Any]) -> None:
         block = (32 * kernel.warps, 1, 1)
         program = _program(kernel.files["ptx"])
-        counts = program.launch(kernel.name, grid, block, args, smem=kernel.shared)
-        run.launches.append(Launch(kernel.name, grid, block, counts))
+        trace = Trace() if traced else None
+        counts = program.launch(kernel.name, grid, block, args, smem=kernel.shared, trace=trace)
+        run.launches.append(Launch(kernel.name, grid, block, counts, trace))
 
     with driver_in_place(arch, execute):
         yield run

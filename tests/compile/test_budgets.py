@@ -6,14 +6,18 @@ difference of the file is reviewed with the code.
 """
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("triton", reason="compiles Triton kernels, and reads cubins by Triton's tools")
 
 from benchmarks import budgets
 from benchmarks.gpu_kernels import CUDA, TRITON
+from fusetune.sim import Counts, Launch
 from fusetune.sim.cuda_build import CannotBuild
+from fusetune.sim.ptx.trace import Trace
 
 RECORDED = json.loads(budgets.RECORD.read_text())
 
@@ -84,6 +88,33 @@ def test_counts_are_exact(what, by):
     assert row.verdict == ("more than recorded" if by > 0 else "less: update the record")
 
 
+def test_memory_may_move_what_is_compulsory_and_little_more():
+    """64 sectors are loaded twice, and one is stored."""
+    case = replace(TRITON[0], compulsory=lambda sizes: 32 * 65, within=1.05)
+    found = budgets.multiples(case, passes(2))
+    assert found == {
+        "executed": round(129 / 65, 3),
+        "memory, L2 of 6 MiB": 1.0,
+        "memory, L2 of 40 MiB": 1.0,
+        "beyond": "",
+    }
+    assert not budgets.broken(budgets.compare({"sm_80, k": found}, {"sm_80, k": found}))
+    assert budgets.multiples(replace(case, compulsory=None), passes(2)) == {}
+    found = budgets.multiples(replace(case, within=0.99), passes(1))
+    (row,) = budgets.broken(budgets.compare({"sm_80, k": found}, {"sm_80, k": found}))
+    assert row.verdict == "memory moves more than 0.99 times the least"
+
+
+def passes(count):
+    """A launch that loads 64 sectors `count` times and stores another."""
+    trace = Trace()
+    for _ in range(count):
+        trace.note(32 * np.arange(64), None, stored=False)
+    trace.note(np.full(32, 32 * 64), None, stored=True)
+    counts = Counts(global_load_sectors=64 * count, global_store_sectors=1)
+    return Launch("k", (1, 1, 1), (64, 1, 1), counts, trace)
+
+
 def test_kernels_that_appear_or_vanish_are_told():
     rows = budgets.compare({"sm_80, old": COUNTED}, {"sm_80, new": COUNTED})
     assert [(row.kernel, row.verdict) for row in rows] == [
@@ -94,7 +125,8 @@ def test_kernels_that_appear_or_vanish_are_told():
 
 
 def test_a_record_is_read_back_as_it_was():
-    text = budgets.record({"part": {"sm_80, b": CLEAN, "sm_80, a": COUNTED}})
+    counted = {**COUNTED, "beyond": ""}
+    text = budgets.record({"part": {"sm_80, b": CLEAN, "sm_80, a": counted}})
     stored = json.loads(text)
     assert stored["part"] == {"sm_80, a": COUNTED, "sm_80, b": COMPILED}
     assert stored["toolchain"] == budgets.toolchain()

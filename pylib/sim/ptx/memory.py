@@ -29,6 +29,7 @@ from fusetune.sim.ptx.types import Array, Value
 if TYPE_CHECKING:
     from fusetune.sim.ptx.machine import Machine
     from fusetune.sim.ptx.shared_memory import SharedMemory
+    from fusetune.sim.ptx.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,12 @@ class GlobalMemory:
 
     def __init__(self, regions: list[Region]) -> None:
         self.regions = regions
+        self.trace: Trace | None = None  # where accesses are noted
 
     def load(self, m: Machine, address: Array, dtype: np.dtype[Any], count: int) -> list[Array]:
         size = dtype.itemsize * count
         address = self._checked(m, address, size, "load")
-        requests, sectors = traffic.sectors(address, m.mask)
+        requests, sectors = self._traffic(m, address, stored=False)
         m.counts.global_load_requests += requests
         m.counts.global_load_sectors += sectors
         m.counts.global_load_bytes += m.active * size
@@ -94,7 +96,7 @@ class GlobalMemory:
     def store(self, m: Machine, address: Array, values: list[Value]) -> None:
         size = values[0].dtype.itemsize * len(values)
         address = self._checked(m, address, size, "store")
-        requests, sectors = traffic.sectors(address, m.mask)
+        requests, sectors = self._traffic(m, address, stored=True)
         m.counts.global_store_requests += requests
         m.counts.global_store_sectors += sectors
         m.counts.global_store_bytes += m.active * size
@@ -105,11 +107,17 @@ class GlobalMemory:
     def atomic(self, m: Machine, address: Array, size: int) -> tuple[Array, Array]:
         """(memory, byte offsets in it) for a read-modify-write."""
         address = self._checked(m, address, size, "atomic")
-        requests, sectors = traffic.sectors(address, m.mask)
+        requests, sectors = self._traffic(m, address, stored=True)
         m.counts.global_store_requests += requests
         m.counts.global_store_sectors += sectors
         m.counts.global_store_bytes += m.active * size
         return HOST, address - PAGE
+
+    def _traffic(self, m: Machine, address: Array, stored: bool) -> tuple[int, int]:
+        """(requests, sectors) of an access."""
+        if self.trace is not None:
+            self.trace.note(address, m.mask, stored)
+        return traffic.sectors(address, m.mask)
 
     def _checked(self, m: Machine, address: Array, size: int, what: str) -> Array:
         """The addresses; those of absent threads replaced by one that may be accessed."""

@@ -18,6 +18,7 @@ from fusetune.sim.ptx.operation import CARRY, Operation
 from fusetune.sim.ptx.shared_memory import LARGEST_GRANULE
 from fusetune.sim.ptx.syntax import Instruction, Kernel, Module, Variable, parse
 from fusetune.sim.ptx.threads import WARP, Dim3
+from fusetune.sim.ptx.trace import THREADS, Trace
 from fusetune.sim.ptx.types import DTYPES
 
 _BATCH = 8192  # threads that run at once: more are faster until they leave the caches
@@ -51,13 +52,15 @@ class Program:
         memory: Iterable[Any] = (),
         check: bool = True,
         first: int = 0,
+        trace: Trace | None = None,
     ) -> Counts:
         """Runs a kernel over its grid, from its CTA number `first` on, and counts what it did.
 
         args: tensors on the CPU (by address, all that a kernel may touch), numbers, None (a null
         pointer), or the bytes of a parameter; missing ones are null. memory: more tensors that may
         be touched. smem: dynamic shared memory in bytes. check: look for races and for reads of
-        shared memory that was never written; bounds are checked always.
+        shared memory that was never written; bounds are checked always. trace: notes all accesses
+        to global memory, of as many CTAs at once as a card runs.
         """
         if min(grid) < 1 or min(block) < 1 or block[0] * block[1] * block[2] > 1024:
             raise SimError(f"cannot launch {kernel} with grid {grid} and block {block}")
@@ -66,17 +69,18 @@ class Program:
             with _collector_off():
                 loaded = self._loaded[kernel] = _Loaded(self._kernel(kernel), self._variables)
         m = loaded.machine
-        m.check, m.counts = check, Counts()
+        m.check, m.counts, m.memory.trace = check, Counts(), trace
         m.params = loaded.layout(args)
         tensors = [a for a in (*args, *memory) if hasattr(a, "shape") and np.ndim(a) >= 0]
         regions = [Region.of(tensor) for tensor in tensors if not isinstance(tensor, np.generic)]
         m.memory.regions = [r for r in regions if r is not None] + self._variables.regions
         threads = -(-block[0] * block[1] * block[2] // WARP) * WARP
-        ctas, at_once = grid[0] * grid[1] * grid[2], max(1, _BATCH // threads)
+        batch = _BATCH if trace is None else THREADS
+        ctas, at_once = grid[0] * grid[1] * grid[2], max(1, batch // threads)
         with np.errstate(all="ignore"):
             for start in range(first, ctas, at_once):
-                batch = np.arange(start, min(start + at_once, ctas))
-                m.start(batch, grid, block, loaded.shared + smem, loaded.local, loaded.granule)
+                some = np.arange(start, min(start + at_once, ctas))
+                m.start(some, grid, block, loaded.shared + smem, loaded.local, loaded.granule)
                 m.run()
         return m.counts
 

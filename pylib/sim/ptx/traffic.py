@@ -31,6 +31,17 @@ def sectors(address: Array, mask: Array | None) -> tuple[int, int]:
     return len(sector), len(sector) + int(np.count_nonzero(difference))
 
 
+def touched(address: Array, mask: Array | None) -> Array:
+    """The numbers of those sectors: each once for every warp that touches it, warp by warp."""
+    sector = address.reshape(-1, 32) >> 5
+    if mask is not None:
+        sector = np.where(mask.reshape(-1, 32), sector, _NOWHERE)
+    sector = np.sort(sector, axis=1)
+    new = sector >= 0
+    new[:, 1:] &= sector[:, 1:] != sector[:, :-1]
+    return sector[new]
+
+
 def wavefronts(address: Array, size: int, mask: Array | None) -> tuple[int, int]:
     """(requests, wavefronts) of a shared-memory access of `size` bytes a lane.
 
