@@ -139,20 +139,23 @@ class Prefix(NamedTuple):
         rows = self.batch * one
         keys = kv + 2 * rows  # joined
         cells = self.tokens * (self.prefix + self.tokens)  # of the mask
-        operators = [Operator("look-up", 2 * wide * (one + rows))]
-        back = [Operator("gradient of the look-up", 2 * wide * (one + rows))]
+        ids = 8 * self.prefix
+        operators = [Operator("look-up", 2 * wide * (one + rows) + ids)]
+        laid_out = Operator("of keys and values, laid out", 8 * rows)
+        back = [laid_out._replace(name="gradients stacked"), laid_out]
+        back.append(operators[0]._replace(name="gradient of the look-up"))
         if wide > 2:
             operators.append(Operator("cast", 2 * (wide + 2) * rows))
-            back.insert(0, Operator("gradient of the cast", 2 * (wide + 2) * rows))
-        joined = 2 * keys
+            back.insert(2, Operator("gradient of the cast", 2 * (wide + 2) * rows))
+        copies = []
         if times > 1:
-            back.insert(0, Operator("sums of groups", 2 * (1 + times) * keys))
-        copies = [Operator("repeated for groups", 2 * (1 + times) * keys)] if times > 1 else []
+            copies = 2 * [Operator("repeated for groups", (1 + times) * keys)]
+            back = 2 * [copies[0]._replace(name="sum of groups")] + back
         mask = 2 * self.batch * cells
         flops = 4 * self.batch * self.heads * cells * self.dim
         return [
             *operators,
-            Operator("joined", 2 * joined),
+            *2 * [Operator("joined", 2 * keys)],
             *copies,
             Operator("mask, added", mask // 2 + mask),
             Operator("attention", 2 * q + 2 * times * keys + mask + lse, flops),

@@ -7,6 +7,7 @@ and their counts stand for all. torch's own matrix products are counted and not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -169,10 +170,16 @@ def readable(kernel: str) -> str:
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+    return sum({t.data_ptr(): _elements(t) * t.element_size() for t in tensors}.values())
 
 
-_PRODUCTS = ("mm", "addmm", "addmm_")
+def _elements(tensor: Tensor) -> int:
+    """In memory: what is expanded lies there once."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(n for n, stride in sizes if stride or not n)
+
+
+_PRODUCTS = ("mm", "bmm", "addmm", "addmm_")
 
 
 class _Operators(TorchDispatchMode):
@@ -186,7 +193,7 @@ class _Operators(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in _PRODUCTS:
             return self._product(name, args)
-        inputs = _tensors(args)
+        inputs = _tensors((*args, *(kwargs or {}).values()))
         before = [_memory(t) for t in inputs]
         result = func(*args, **(kwargs or {}))
         outputs = _tensors([result])
@@ -200,12 +207,12 @@ class _Operators(TorchDispatchMode):
 
     def _product(self, name: str, args: Any) -> Tensor:
         left, right = args[-2:]
-        (m, k), n = left.shape, right.shape[1]
-        into = args[0] if name == "addmm_" else torch.empty(m, n, dtype=left.dtype)
+        shape = *left.shape[:-1], right.shape[-1]
+        into = args[0] if name == "addmm_" else torch.empty(shape, dtype=left.dtype)
         size = _bytes([left, right]) + _bytes([into])
-        if name != "mm":
-            size += _bytes([args[0]])  # what is added to
-        flops = float(2 * m * n * k)
+        if name.startswith("addmm"):
+            size += _bytes([args[0]])
+        flops = 2.0 * left.numel() * shape[-1]
         work = Work(f"torch {name}", size)
         if left.dtype == torch.float32:
             work.fp32_flops = flops
