@@ -149,7 +149,9 @@ def steps_table(result: dict[str, Any], form: str = "simple") -> str:
             if "PEFT + bitsandbytes" not in one["others"]:
                 continue
             moved = sum(launch["bytes"] for launch in one["launches"])
-            schemes = {"fusetune": {"bytes": moved, "seconds": sum(map(least_time, one["launches"]))}}
+            schemes = {
+                "fusetune": {"bytes": moved, "seconds": sum(map(least_time, one["launches"]))}
+            }
             schemes |= one["others"]
             row = [f"{card}, {name.partition(', ')[2]}"]
             row += [

@@ -185,7 +185,11 @@ def test_what_is_written_first_counts_once():
     from fusetune.reference.prefix_attention import Options
 
     run = _prefix_attention.OP_BACKWARD
-    query, keys, lse = torch.zeros(1, 1, 64, 16, dtype=BF16), torch.zeros(1, 16, 1, 16).to(BF16), 256
+    query, keys, lse = (
+        torch.zeros(1, 1, 64, 16, dtype=BF16),
+        torch.zeros(1, 16, 1, 16).to(BF16),
+        256,
+    )
     tensors = (query, query.clone(), keys, keys.clone(), query.clone(), torch.zeros(1, 1, 64))
     found = []
     for dquery, needed in ((None, True), (query.clone(), True), (None, False)):
@@ -214,7 +218,9 @@ def test_sampled_launches_stand_for_all(layer, monkeypatch):
         assert (few.name, few.memory) == (everything.name, everything.memory)
         assert few.tensor_flops == everything.tensor_flops
         for count in ("sectors", "wavefronts", "instructions"):
-            assert getattr(few, count) == pytest.approx(getattr(everything, count), rel=0.08, abs=64)
+            assert getattr(few, count) == pytest.approx(
+                getattr(everything, count), rel=0.08, abs=64
+            )
 
 
 @pytest.mark.usefixtures("_simulator")
