@@ -5,7 +5,8 @@
     python -m benchmarks.bound --json PATH       the numbers: benchmarks/results/predicted.json
     python -m benchmarks.bound --rows            up to how many rows to multiply with the packed W
 
-One linear layer, 4096 x 4096 in NF4 with nested statistics, r = 16, 16-bit activations and adapter.
+One linear layer, 4096 x 4096 in NF4 with nested statistics, r = 16, 16-bit activations and adapter;
+and bottleneck adapters, their fusion and prefixes, at the sizes of ledgers_adapters.py.
 A launch takes at least as long as each resource it uses: memory, tensor cores, fp32 units, L1,
 shared memory, shuffles, special functions, issue slots. The longest is its bound; a pass is the sum
 of its launches. Left out: latencies, gaps between launches, what the L2 cache keeps from one launch
@@ -22,17 +23,18 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
 from tabulate import tabulate
 
-from benchmarks import cards
+from benchmarks import bound_adapters
+from benchmarks.bound_launch import Bound, apart, bound, described, least_time, ledger, total
 from benchmarks.cards import CARDS, Card
 from benchmarks.gpu_launches import DROPOUT, RANK, weight
-from benchmarks.ledgers import SCHEMES, Layer, Operator, decode_and_multiply
-from benchmarks.recorder import Work, recorded
+from benchmarks.ledgers import SCHEMES, Layer, decode_and_multiply
+from benchmarks.recorder import recorded
 from fusetune import ops
 from fusetune.ops import _cuda
 from fusetune.ops._gpu_choice import use_way
@@ -41,41 +43,6 @@ SIZE = 4096
 ROWS = 4096
 FEW_ROWS = (1, 16, 64, 256)
 MORE_ROWS = (64, 128, 256, 512, 1024, 4096)
-
-
-class Bound(NamedTuple):
-    """A launch on a card: bytes, and seconds by resource."""
-
-    name: str
-    memory: int
-    seconds: dict[str, float]
-
-    @property
-    def resource(self) -> str:
-        return max(self.seconds, key=lambda name: self.seconds[name])
-
-    @property
-    def time(self) -> float:
-        return self.seconds[self.resource]
-
-
-def bound(work: Work, card: Card) -> Bound:
-    """The least time of one launch by each resource."""
-    seconds = {
-        "memory": work.memory / card.memory,
-        "tensor cores": work.tensor_flops / card.tensor,
-        "fp32 units": work.fp32_flops / card.fp32,
-        "L1": work.sectors / card.per_clock(cards.L1_SECTORS),
-        "shuffles": work.shuffles / card.per_clock(cards.SHUFFLES),
-        "special functions": work.special / card.per_clock(cards.SPECIAL),
-    }
-    instructions = work.instructions
-    if work.anywhere or card.arch not in (90, 100):
-        seconds["shared memory"] = work.wavefronts / card.per_clock(cards.WAVEFRONTS)
-    else:
-        instructions -= work.matrix_instructions
-    seconds["issue slots"] = instructions / card.per_clock(cards.ISSUE)
-    return Bound(work.name, work.memory, seconds)
 
 
 def step(card: Card, rows: int, dropout_p: float = 0.0, size: int = SIZE) -> list[Bound]:
@@ -101,19 +68,6 @@ def linear(card: Card, rows: int, size: int = SIZE) -> list[Bound]:
     return [bound(work, card) for work in works]
 
 
-def ledger(operators: Iterable[Operator], card: Card) -> dict[str, float]:
-    """Bytes and seconds of operators, each bound by memory or tensor cores only."""
-    operators = list(operators)
-    times = (max(o.bytes / card.memory, o.flops / card.tensor) for o in operators)
-    return {"bytes": sum(o.bytes for o in operators), "seconds": sum(times)}
-
-
-def total(bounds: Iterable[Bound]) -> tuple[int, float]:
-    """(bytes, seconds) of all."""
-    bounds = list(bounds)
-    return sum(b.memory for b in bounds), sum(b.time for b in bounds)
-
-
 # --- for how many rows the kernels over the packed weight are used --------------------------------
 
 
@@ -124,11 +78,6 @@ def by_rows(card: Card, rows: int, size: int = SIZE) -> dict[str, list[Bound]]:
         with use_way(way), mock.patch.object(_cuda, "max_rows", return_value=rows):
             found[way] = linear(card, rows, size)
     return found
-
-
-def apart(bounds: Iterable[Bound]) -> float:
-    """Seconds if the two resources that a launch uses longest do not overlap at all."""
-    return sum(sum(sorted(b.seconds.values())[-2:]) for b in bounds)
 
 
 def rows_table(chosen: Iterable[Card], form: str = "simple") -> str:
@@ -158,28 +107,20 @@ def predict(chosen: Iterable[Card]) -> dict[str, Any]:
         for p in (0.0, DROPOUT):
             print(f"{card.name}: M {ROWS}, dropout {p}", file=sys.stderr)
             passes[f"M {ROWS}, dropout {p}"] = {
-                "launches": [_launch(b) for b in step(card, ROWS, p)],
+                "launches": [described(b) for b in step(card, ROWS, p)],
                 "others": {name: ledger(of(layer, p > 0), card) for name, of in SCHEMES.items()},
             }
         for rows in FEW_ROWS:
             print(f"{card.name}: M {rows}", file=sys.stderr)
             decoded = ledger(decode_and_multiply(Layer(rows, SIZE, SIZE, RANK)), card)
             passes[f"M {rows}"] = {
-                "launches": [_launch(b) for b in linear(card, rows)],
+                "launches": [described(b) for b in linear(card, rows)],
                 "others": {"decode and multiply": decoded},
             }
+        passes |= bound_adapters.passes(card)
         about = {key: value for key, value in card._asdict().items() if key != "dtype"}
         result[card.name] = {"card": {**about, "dtype": str(card.dtype)[6:]}, "passes": passes}
     return {"predicted": True, "layer": layer._asdict(), "cards": result}
-
-
-def _launch(b: Bound) -> dict[str, Any]:
-    seconds = {name: value for name, value in b.seconds.items() if value > 0}
-    return {"name": b.name, "bytes": b.memory, "binds": b.resource, "seconds": seconds}
-
-
-def _time(launch: dict[str, Any]) -> float:
-    return max(launch["seconds"].values())
 
 
 def launches_table(result: dict[str, Any], form: str = "simple") -> str:
@@ -208,7 +149,9 @@ def steps_table(result: dict[str, Any], form: str = "simple") -> str:
             if "PEFT + bitsandbytes" not in one["others"]:
                 continue
             moved = sum(launch["bytes"] for launch in one["launches"])
-            schemes = {"fusetune": {"bytes": moved, "seconds": sum(map(_time, one["launches"]))}}
+            schemes = {
+                "fusetune": {"bytes": moved, "seconds": sum(map(least_time, one["launches"]))}
+            }
             schemes |= one["others"]
             row = [f"{card}, {name.partition(', ')[2]}"]
             row += [
@@ -227,9 +170,9 @@ def few_rows_table(result: dict[str, Any], form: str = "simple") -> str:
         for m in FEW_ROWS:
             one = found["passes"][f"M {m}"]
             launches, decoded = one["launches"], one["others"]["decode and multiply"]
-            longest = max(launches, key=_time)
+            longest = max(launches, key=least_time)
             moved = sum(launch["bytes"] for launch in launches) / 1e6
-            took = 1e6 * sum(map(_time, launches))
+            took = 1e6 * sum(map(least_time, launches))
             row.append(f"{moved:.0f} MB, {took:.1f} µs, {longest['binds']}")
             row.append(f"{decoded['bytes'] / 1e6:.0f} MB, {1e6 * decoded['seconds']:.1f} µs")
         rows.append(row)
@@ -263,10 +206,11 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.markdown:
-        print(markdown(result))
+        print(f"{markdown(result)}\n{bound_adapters.markdown(result)}")
         return 0
     print("Predicted, not measured: bounds from counted work and data sheets.\n")
-    print(f"{launches_table(result)}\n\n{steps_table(result)}\n\n{few_rows_table(result)}")
+    print(f"{launches_table(result)}\n\n{steps_table(result)}\n\n{few_rows_table(result)}\n")
+    print(bound_adapters.table(result))
     return 0
 
 

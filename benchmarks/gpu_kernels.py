@@ -285,6 +285,15 @@ TRITON = (
             ),
         )
     ),
+    Case(
+        "prefix_attend_backward, fp32 prefix, all options",
+        "triton",
+        "_prefix_attend_backward",
+        lambda s, arch: prompts.prefix_attend(s, arch, True, torch.float32, every=True),
+        _MATMUL,
+        small=Sizes(64, 32, 64),
+        full=Sizes(512, 128, 64),
+    ),
     *(
         Case(
             name,

@@ -16,8 +16,9 @@ def prefix_attend(
     backward: bool = False,
     prefix: torch.dtype | None = None,
     dropout: bool = False,
+    every: bool = False,
 ) -> None:
-    """m: tokens, n: keys of the prefix, k: elements of a head."""
+    """m: tokens, n: keys of the prefix, k: elements of a head. every: all options there are."""
     from fusetune._triton._prefix import Options
     from fusetune._triton.prefix_attention import launch_prefix_attend
     from fusetune._triton.prefix_attention_backward import launch_prefix_attend_backward
@@ -26,7 +27,10 @@ def prefix_attend(
     query, out, dout, dquery = (half(arch, BATCH, t, HEADS, d).transpose(1, 2) for _ in range(4))
     key, value = (half(arch, 1, p, HEADS_KV, d, dtype=prefix) for _ in range(2))
     lse, options = fp32(BATCH, HEADS, t), Options(None, None, None, d**-0.5, 0, 0)
-    if dropout:
+    if every:
+        rows, lengths = torch.zeros(BATCH, dtype=torch.int64), torch.tensor([p])
+        options = Options(fp32(1, HEADS, t, p), rows, lengths, d**-0.5, t, 3)
+    if dropout or every:
         threshold, factor = threshold_and_scale(DROPOUT)
         options = options._replace(seed=torch.tensor([1]), threshold=threshold, factor=factor)
     if not backward:

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import fusetune
-from benchmarks import bound, method_tables
+from benchmarks import bound, bound_adapters, method_tables
 from examples import adapters_report, prompts_report
 from fusetune.bench import table
 
@@ -73,6 +73,8 @@ def section(name: str) -> str:
         return f"```text\n{fuse_report()}\n```\n"
     if name == "predicted":
         return f"{bound.markdown(json.loads(PREDICTED.read_text()))}\n"
+    if name == "predicted_adapters":
+        return f"{bound_adapters.markdown(json.loads(PREDICTED.read_text()))}\n"
     if name == "budgets":
         return budgets_table(json.loads(BUDGETS.read_text()))
     if name == "adapters":

@@ -7,10 +7,11 @@ and their counts stand for all. torch's own matrix products are counted and not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -21,6 +22,7 @@ from fusetune import ops
 from fusetune.ops import _cuda, _triton
 from fusetune.sim import Counts, cuda_sim
 from fusetune.sim.ptx import Program
+from fusetune.sim.ptx.memory import GlobalMemory
 from fusetune.sim.run import accept_cpu_tensors
 from fusetune.sim.triton_driver import simulated_driver
 
@@ -37,7 +39,8 @@ SPECIAL = ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh")
 class Work:
     """One kernel launch, or one operator of torch.
 
-    memory: bytes of the tensors it is given, each once: what has to come from or go to memory.
+    memory: bytes of the tensors it is given, each once, and those twice that it reads before it
+    writes them: what has to come from or go to memory.
     sectors and what follows: of all its CTAs; zero for torch's operators, whose kernels are not
     known. anywhere: whether matrix instructions are the same on every newer architecture.
     """
@@ -82,18 +85,60 @@ def _sampling(works: list[Work]) -> Any:
         program: Program, kernel: str, grid: Dim3, block: Dim3, args: Any, smem: int = 0, **how: Any
     ) -> Counts:
         few = min(grid[0], SAMPLE), min(grid[1], SAMPLE), grid[2]
-        counts = launch(
-            program, kernel, few, block, args, smem, memory=how.get("memory", ()), check=False
-        )
+        with _first_accesses() as first:
+            counts = launch(
+                program, kernel, few, block, args, smem, memory=how.get("memory", ()), check=False
+            )
         share = (grid[0] * grid[1]) / (few[0] * few[1])
         tensors = [t for t in (*args, *how.get("memory", ())) if isinstance(t, Tensor)]
-        memory = _bytes(tensors)
-        if kernel == "_linear" and args[0].data_ptr() == args[7].data_ptr():
-            memory += _bytes([args[7]])  # it adds to its result: reads it, too
+        memory = _bytes(tensors) + _bytes([t for t in tensors if _in_place(t, first)])
         works.append(_work(kernel, memory, counts, share))
         return counts
 
     return sampled
+
+
+class _Accesses(NamedTuple):
+    """Addresses, one of each load and store of a launch, with their places in its order."""
+
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+
+@contextmanager
+def _first_accesses() -> Iterator[_Accesses]:
+    """Notes where a launch reads and writes, and what first: its scratch memory it writes first."""
+    found = _Accesses({}, {})
+
+    def noting(access: Any, noted: dict[int, int]) -> Any:
+        def call(memory: GlobalMemory, m: Any, address: Any, *rest: Any) -> Any:
+            if m.mask is None or m.mask.any():
+                lane = 0 if m.mask is None else m.mask.argmax()
+                noted.setdefault(int(address[lane]), len(found.loads) + len(found.stores))
+            return access(memory, m, address, *rest)
+
+        return call
+
+    with (
+        mock.patch.object(GlobalMemory, "load", noting(GlobalMemory.load, found.loads)),
+        mock.patch.object(GlobalMemory, "store", noting(GlobalMemory.store, found.stores)),
+    ):
+        yield found
+
+
+def _in_place(tensor: Tensor, found: _Accesses) -> bool:
+    """Whether a launch both reads and writes it, and first reads."""
+    start, end = tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)
+    loads, stores = (
+        [at for address, at in noted.items() if start <= address < end] for noted in found
+    )
+    return bool(loads and stores) and min(loads) < min(stores)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * (1 + sum((n - 1) * stride for n, stride in sizes))
 
 
 def _work(kernel: str, memory: int, counts: Counts, share: float) -> Work:
@@ -125,10 +170,16 @@ def readable(kernel: str) -> str:
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+    return sum({t.data_ptr(): _elements(t) * t.element_size() for t in tensors}.values())
 
 
-_PRODUCTS = ("mm", "addmm", "addmm_")
+def _elements(tensor: Tensor) -> int:
+    """In memory: what is expanded lies there once."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(n for n, stride in sizes if stride or not n)
+
+
+_PRODUCTS = ("mm", "bmm", "addmm", "addmm_")
 
 
 class _Operators(TorchDispatchMode):
@@ -142,13 +193,13 @@ class _Operators(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in _PRODUCTS:
             return self._product(name, args)
-        inputs = _tensors(args)
-        before = [t.data_ptr() for t in inputs]
+        inputs = _tensors((*args, *(kwargs or {}).values()))
+        before = [_memory(t) for t in inputs]
         result = func(*args, **(kwargs or {}))
         outputs = _tensors([result])
-        changes = func._schema.is_mutable
-        same = bool(outputs) and outputs[0].data_ptr() in before and not changes
-        if inputs and outputs and not same and "empty" not in name and name != "detach":
+        changes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
+        view = bool(outputs) and _memory(outputs[0]) in before and not changes
+        if inputs and outputs and not view and "empty" not in name:
             size = _bytes(inputs) + _bytes(outputs)
             if max(t.numel() for t in (*inputs, *outputs)) > 1:
                 self.works.append(Work(f"torch {name}", size))
@@ -156,10 +207,12 @@ class _Operators(TorchDispatchMode):
 
     def _product(self, name: str, args: Any) -> Tensor:
         left, right = args[-2:]
-        (m, k), n = left.shape, right.shape[1]
-        into = args[0] if name == "addmm_" else torch.empty(m, n, dtype=left.dtype)
-        size = _bytes([left, right]) + _bytes([into]) * (2 if name == "addmm_" else 1)
-        flops = float(2 * m * n * k)
+        shape = *left.shape[:-1], right.shape[-1]
+        into = args[0] if name == "addmm_" else torch.empty(shape, dtype=left.dtype)
+        size = _bytes([left, right]) + _bytes([into])
+        if name.startswith("addmm"):
+            size += _bytes([args[0]])
+        flops = 2.0 * left.numel() * shape[-1]
         work = Work(f"torch {name}", size)
         if left.dtype == torch.float32:
             work.fp32_flops = flops
@@ -167,6 +220,11 @@ class _Operators(TorchDispatchMode):
             work.tensor_flops = flops
         self.works.append(work)
         return into
+
+
+def _memory(tensor: Tensor) -> int:
+    """What views of it share."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _tensors(values: Any) -> list[Tensor]:

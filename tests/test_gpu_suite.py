@@ -15,7 +15,16 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
-from benchmarks.gpu import build, cases, report, store, suite, timing  # noqa: E402
+from benchmarks.gpu import (  # noqa: E402
+    build,
+    cases,
+    cases_lora,
+    cases_prefix,
+    report,
+    store,
+    suite,
+    timing,
+)
 from fusetune import ops  # noqa: E402
 from fusetune.bench.timing import relative_error, seeded  # noqa: E402
 
@@ -245,16 +254,32 @@ def test_done_cases_are_skipped_and_those_that_never_end_given_up(group):
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_schemes_compute_a_lora_layer(p, monkeypatch):
     """In fp32, with one mask for all: outputs and every gradient agree with the definition."""
-    monkeypatch.setattr(cases, "half_dtype", lambda: torch.float32)
-    monkeypatch.setattr(cases, "HAS_PEFT", False)
+    monkeypatch.setattr(cases_lora, "half_dtype", lambda: torch.float32)
+    monkeypatch.setattr(cases_lora, "HAS_PEFT", False)
     mask = (torch.rand(7, 96) >= p) / (1 - p)
     monkeypatch.setattr("benchmarks.gpu.schemes.functional.dropout", lambda x, p: x * mask)
     monkeypatch.setattr("fusetune.reference.lora_linear.dropout", lambda x, p, seed: x * mask)
     with ops.use_backend("reference"):
-        case = cases.lora([[(24, 96), (16, 96)]], 7, 4, p)
+        case = cases_lora.lora([[(24, 96), (16, 96)]], 7, 4, p)
         exact = seeded(case.exact)
         for name, run in case.runs.items():
             assert relative_error(run(), exact) < 5e-6, name
+
+
+@pytest.mark.parametrize("heads_kv", [1, 2, 4])
+def test_schemes_attend_to_a_prefix(heads_kv, monkeypatch):
+    """In fp32: outputs and gradients of ours and of both that join agree with float64."""
+    monkeypatch.setattr(cases_prefix, "half_dtype", lambda: torch.float32)
+    layer = cases_prefix.Layer(3, 7, 4, heads_kv, 16)
+    with ops.use_backend("reference"):
+        for train in (False, True):
+            case = cases_prefix.attention(layer, 5, wide=False, train=train)
+            assert len(case.runs) == 3
+            for name, run in case.runs.items():
+                assert relative_error(run(), case.exact()) < 2e-6, name
+        case = cases_prefix.prompt(2, 7, 3, 40, 50)
+        for name, run in case.runs.items():
+            assert relative_error(run(), case.exact()) < 5e-7, name
 
 
 # --- timing and reports, with a clock in the card's place -----------------------------------------

@@ -15,6 +15,7 @@ TITLES = {
     "layer": "The linears of a Llama-8B layer with LoRA on NF4, forward and backward",
     "linear": "NF4 linear, forward without gradients",
     "dequantize": "Dequantisation of double-quantised NF4",
+    "prefix": "Attention to a prefix, and a prompt's embeddings, forward and backward",
     "dora": "DoRA's row norms",
     "ways": "Ways of the base matmul with a LoRA tail (ours: the default)",
 }

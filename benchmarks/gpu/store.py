@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+_MEASURING = ("cases", "measured", "schemes", "timing")
 _ENDINGS = (".py", ".cu", ".cuh", ".h", ".cpp")
 
 
@@ -13,7 +14,7 @@ def source_hash() -> str:
     """Of everything that results depend on."""
     folders = [ROOT / name for name in ("pylib", "kernels", "csrc")]
     files = [path for folder in folders for path in folder.rglob("*") if path.suffix in _ENDINGS]
-    files += [Path(__file__).with_name(f"{name}.py") for name in ("cases", "schemes", "timing")]
+    files += [p for name in _MEASURING for p in Path(__file__).parent.glob(f"{name}*.py")]
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.read_bytes())

@@ -34,7 +34,15 @@ LOST = 3  # exit code of benchmarks.gpu.cases where its process has lost the dev
 CANNOT = 2  # exit code of fusetune.verify where a backend cannot run
 
 # Of measurements, and seconds for each. The first ones matter most where the time does not suffice.
-GROUPS = {"lora": 130, "linear": 70, "dequantize": 25, "dora": 30, "ways": 80, "layer": 150}
+GROUPS = {
+    "lora": 130,
+    "linear": 70,
+    "prefix": 50,
+    "dequantize": 25,
+    "dora": 30,
+    "ways": 80,
+    "layer": 150,
+}
 
 CARD = """
 import json, platform, torch

@@ -150,6 +150,12 @@ class Options(NamedTuple):
         """Whether batch rows have prefixes of their own."""
         return self.rows is not None or self.seed is not None
 
+    @property
+    def plain(self) -> bool:
+        """Whether all rows see all of one prefix: what takes the fewest registers."""
+        given = self.bias, self.rows, self.lengths, self.seed
+        return self.window == 0 and all(tensor is None for tensor in given)
+
     def tensors(self, none: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The kernels' pointers; `none` stands in for one that is not read."""
         given = self.bias, self.rows, self.lengths, self.seed

@@ -139,11 +139,12 @@ class Tiles(NamedTuple):
     warps: int
 
 
-def tiles(query: torch.dtype, d: int, p: int, n_terms: int) -> Tiles:
-    """Chosen so that nothing spills. p: how many keys a prefix has."""
+def tiles(query: torch.dtype, d: int, p: int, n_terms: int, plain: bool) -> Tiles:
+    """Chosen so that nothing spills. p: how many keys a prefix has; plain: see Options."""
     dims = rank_block(d)
     if n_terms == 0 or query == torch.float32:  # FMA
-        return Tiles(32, 16, dims, 16, 4 if dims <= 64 else 8)
+        chunk = 16 if plain or dims != 128 else 32
+        return Tiles(32, 16, dims, chunk, 4 if dims <= 64 else 8)
     cols = min(64 if n_terms == 1 and dims <= 128 else 32, rank_block(p))
     chunk = dims if dims * n_terms <= 128 else 64
     return Tiles(64, cols, dims, chunk, 4 if dims * n_terms <= 64 else 8)
@@ -170,7 +171,8 @@ def launch_prefix_attend(
     p, heads_kv = prefix_key.shape[1:3]
     if out.numel() == 0:
         return
-    shape = tiles(query.dtype, d, p, n_terms := terms(prefix_key, query.dtype, arch))
+    n_terms = terms(prefix_key, query.dtype, arch)
+    shape = tiles(query.dtype, d, p, n_terms, options.plain)
     segments = batch if options.by_row else 1
     count = query.numel() // (d * heads_kv * segments)
     bias, rows, lengths, seed = options.tensors(lse)

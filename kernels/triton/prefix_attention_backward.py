@@ -10,7 +10,8 @@ dK and dV, and a second launch adds these in their order: no atomics, always the
 Bytes, for a query of M rows in all, D elements of o bytes: M D o of each of query, dout and out,
 4 M of lse, M D o of dquery, read and written; for a prefix of N = 2 P Hkv D elements and R ranges
 8 R N of shares, R at least 4 row blocks long and as few as fill the card. All but the shares once
-more, from the cache or not, for every further COLS keys.
+more, from the cache or not, for every further COLS keys. A dquery with a launch of its own (see
+`tiles`) has query, dout, out and lse read for it.
 """
 
 from __future__ import annotations
@@ -181,17 +182,29 @@ class Tiles(NamedTuple):
     apart: bool  # dquery by a launch of its own
 
 
-def tiles(query: torch.dtype, d: int, p: int, n_terms: int, dropout: bool) -> Tiles:
-    """Chosen so that nothing spills. p: how many keys a prefix has."""
+def tiles(query: torch.dtype, d: int, p: int, n_terms: int, plain: bool, arch: int) -> Tiles:
+    """Chosen so that nothing spills. p: how many keys a prefix has; plain: see Options.
+
+    Warps lie along the rows, 16 for each: with fewer, several warps compute the same scores. From
+    64 rows on sm_90 multiplies by groups of warps, whose operands take more registers.
+    """
     dims = rank_block(d)
     if n_terms == 0 or query == torch.float32:  # FMA
         return Tiles(16, 16, dims, 16, 4 if dims <= 64 else 8, False)
-    rows = 16 if n_terms > 1 and dims >= 128 else 32
-    if dims > 128:
-        return Tiles(rows, 16, dims, 64, 8, True)
-    cols = min(32 if dims * n_terms < 256 else 16, rank_block(p))
-    warps, apart = 4 if dims * n_terms <= 64 else 8, dropout and dims * n_terms > 192
-    return Tiles(rows, cols, dims, dims, warps, apart)
+    wide = min(32, rank_block(p))
+    if dims <= 64:
+        many = plain and (arch != 90 or n_terms == 1 or query == torch.bfloat16)
+        return Tiles(64 if many else 32, wide if n_terms == 1 else 16, dims, dims, 4, False)
+    if dims == 128 and n_terms == 1:
+        return Tiles(32, wide, dims, dims, 8, False)
+    if dims == 128:
+        return (
+            Tiles(16, 16, dims, dims, 8, not plain)
+            if arch == 90
+            else Tiles(128, 16, dims, 64, 8, True)
+        )
+    rows, chunk = (16, 32) if n_terms > 1 else (32, 64)
+    return Tiles(rows, 16, dims, chunk, 8, True)
 
 
 def _launches(need_dquery: bool, need_dprefix: bool, apart: bool) -> list[tuple[bool, bool]]:
@@ -238,7 +251,7 @@ def launch_prefix_attend_backward(
                 tensor.zero_()
         return dquery, dkey, dvalue
     n_terms = terms(prefix_key, query.dtype, arch)
-    shape = tiles(query.dtype, d, p, n_terms, options.seed is not None)
+    shape = tiles(query.dtype, d, p, n_terms, options.plain, arch)
     segments = batch if options.by_row else 1
     count = query.numel() // (d * heads_kv * segments)
     parts, steps = splits(heads_kv * segments, triton.cdiv(count, shape.rows))
