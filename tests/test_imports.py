@@ -74,13 +74,13 @@ def run(code):
 def test_import_is_light_and_imports_nothing_heavy():
     code = """
 import sys, time, torch
-start = time.perf_counter()
+start = time.process_time()
 import fusetune
-took = time.perf_counter() - start
+took = time.process_time() - start
 heavy = ("transformers", "peft", "bitsandbytes", "accelerate", "triton", "typer", "matplotlib")
 print(took, *[name for name in heavy if name in sys.modules])
 """
-    # The best of three: other processes may hold the machine up.
+    # The process's own time, the best of three: others may hold the machine up.
     outputs = [run(code).split() for _ in range(3)]
     assert all(len(output) == 1 for output in outputs), outputs
     assert min(float(output[0]) for output in outputs) < 0.3

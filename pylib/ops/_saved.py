@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 _autograd: Any = torch._C._autograd
-_count: Any = torch._C._storage_Use_Count
+_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+# None of these is public: where a torch lacks one, nothing is written over.
+_KNOWN = _count is not None and all(
+    hasattr(_autograd, name)
+    for name in ("_top_saved_tensors_default_hooks", "_get_current_graph_task_keep_graph")
+)
 
 
 def hooked() -> bool:
@@ -16,7 +21,7 @@ def hooked() -> bool:
 
     To be asked in the forward pass; `owned` holds only where it is False.
     """
-    return _autograd._top_saved_tensors_default_hooks(False) is not None
+    return not _KNOWN or _autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def owned(saved: torch.Tensor) -> bool:
@@ -37,4 +42,4 @@ def _holders(tensor: torch.Tensor) -> tuple[int, int]:
     return _count(storage._cdata), sys.getrefcount(storage)
 
 
-_ALONE = _holders(torch.empty(1, device="cpu"))
+_ALONE = _holders(torch.empty(1, device="cpu")) if _KNOWN else None
