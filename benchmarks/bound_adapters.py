@@ -2,6 +2,7 @@
 
 Each layer of ledgers_adapters.LAYERS forward and backward, in 16 bits; of prefix attention the two
 ops that merge the prefix, and torch's attention to the tokens as an operator, as it is torch's.
+Operands are zeros: a kernel's logarithm takes other paths for other numbers.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def bottleneck(layer: Bottleneck, card: Card) -> list[Bound]:
     """ops.bottleneck with a residual of its own and both biases."""
     m, h, d = layer
     shapes = (m, h), (d, h), (d,), (h, d), (h,), (m, h)
-    *leaves, residual = (torch.empty(s, dtype=card.dtype).requires_grad_() for s in shapes)
-    dy = torch.empty(m, h, dtype=card.dtype)
+    *leaves, residual = (torch.zeros(s, dtype=card.dtype).requires_grad_() for s in shapes)
+    dy = torch.zeros(m, h, dtype=card.dtype)
     with recorded(card) as works:
         y = ops.bottleneck(*leaves, residual=residual)  # type: ignore[arg-type]
         torch.autograd.grad(y, [*leaves, residual], dy)
@@ -42,9 +43,9 @@ def fusion(layer: Fusion, card: Card) -> list[Bound]:
     """ops.adapter_fusion with every weight and a residual."""
     m, n, h = layer
     shapes = (h, h), (h,), (h, h), (h,), (h, h), *[(m, h)] * (n + 2)
-    leaves = [torch.empty(s, dtype=card.dtype).requires_grad_() for s in shapes]
+    leaves = [torch.zeros(s, dtype=card.dtype).requires_grad_() for s in shapes]
     query, residual, *outputs = leaves[5:]
-    dy = torch.empty(m, h, dtype=card.dtype)
+    dy = torch.zeros(m, h, dtype=card.dtype)
     with recorded(card) as works:
         y = ops.adapter_fusion(query, outputs, *leaves[:5], residual=residual)
         torch.autograd.grad(y, leaves, dy)
@@ -65,11 +66,11 @@ def merged(layer: Prefix, card: Card) -> list[Any]:
     kind = torch.float32 if wide == 4 else card.dtype
 
     def rows() -> torch.Tensor:
-        return torch.empty(batch, tokens, heads, dim, dtype=card.dtype).transpose(1, 2)
+        return torch.zeros(batch, tokens, heads, dim, dtype=card.dtype).transpose(1, 2)
 
     query, out, dout, dquery = (rows() for _ in range(4))
-    keys = [torch.empty(1, count, heads_kv, dim, dtype=kind) for _ in range(2)]
-    lse, options = torch.empty(batch, heads, tokens), Options(scale=dim**-0.5)
+    keys = [torch.zeros(1, count, heads_kv, dim, dtype=kind) for _ in range(2)]
+    lse, options = torch.zeros(batch, heads, tokens), Options(scale=dim**-0.5)
     with recorded(card) as works:
         ops_of = (_prefix_attention.OP, _prefix_attention.OP_BACKWARD)
         forward, backward = (op.run("cpu", card.dtype, kind) for op in ops_of)
