@@ -1,5 +1,6 @@
 """benchmarks/gpu_suite.sh: end to end on the simulator; limits, resuming and reports."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,14 +289,22 @@ def test_schemes_attend_to_a_prefix(heads_kv, monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """torch.cuda's events and counters as the CPU has them."""
+    """torch.cuda's events and counters on a clock that only `sleep` and looking at it move."""
+    now = itertools.count()
+    slept = [0.0]
+
+    def perf_counter():
+        return 1e-6 * next(now) + slept[0]
+
+    def sleep(seconds):
+        slept[0] += seconds
 
     class Event:
         def __init__(self, enable_timing):
             assert enable_timing
 
         def record(self):
-            self.at = time.perf_counter()
+            self.at = perf_counter()
 
         def synchronize(self):
             pass
@@ -302,6 +312,8 @@ def clock(monkeypatch):
         def elapsed_time(self, end):
             return 1e3 * (end.at - self.at)
 
+    fake = SimpleNamespace(perf_counter=perf_counter, sleep=sleep)
+    monkeypatch.setattr(timing, "time", fake)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
@@ -310,6 +322,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     for name, small in (("DEVICE", "cpu"), ("_FLUSH", 64), ("_COPY", 4096), ("_MATMUL", 16)):
         monkeypatch.setattr(timing, name, small)
+    return fake
 
 
 def test_ratios_are_of_calls_in_turn(clock):
@@ -318,15 +331,15 @@ def test_ratios_are_of_calls_in_turn(clock):
     def takes(name, seconds):
         def run():
             order.append(name)
-            time.sleep(seconds)
+            clock.sleep(seconds)
 
         return run
 
     got = timing.compare({"ours": takes("ours", 0.002), "theirs": takes("theirs", 0.006)}, 0.05)
-    assert 2 < got["ours"]["ms"] < 4
+    assert got["ours"]["ms"] == pytest.approx(2, rel=1e-2)
     assert got["ours"]["ratio"] == 1
-    assert 2 < got["theirs"]["ratio"] < 3.5
-    assert got["theirs"]["queued_ms"] > 6
+    assert got["theirs"]["ratio"] == pytest.approx(3, rel=1e-2)
+    assert got["theirs"]["queued_ms"] == pytest.approx(6, rel=1e-2)
     assert got["theirs"]["peak_mib"] == 3
     timed = order[4:14]  # after two calls of each to get warm
     assert timed == ["ours", "theirs", "theirs", "ours"] * 2 + ["ours", "theirs"]
