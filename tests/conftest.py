@@ -2,6 +2,7 @@
 
 import os
 import sys
+import types
 
 # Threads that wait sleep instead of spinning: small operators wait longer than they compute, and
 # what spins takes a core from the tests of another process. Read when torch is first imported.
@@ -25,6 +26,11 @@ def pytest_collection_modifyitems(items):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if parameters.get("backend") in ("triton", "cuda") or parameters.get("arch") == "card":
             item.add_marker(pytest.mark.gpu)
+
+
+def pytest_make_parametrize_id(val):
+    """Functions by their names, not by addresses, which differ between the processes that test."""
+    return val.__name__ if isinstance(val, types.FunctionType) else None
 
 
 @pytest.fixture(autouse=True)
