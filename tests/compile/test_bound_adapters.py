@@ -81,7 +81,6 @@ def prefix(layer):
         (TWO._replace(wide=4), prefix),
         (ONE, prefix),
     ],
-    ids=str,
 )
 def test_ledgers_are_what_torch_executes(layer, make):
     """Operator for operator: as many, and the bytes of each but for its scalars."""

@@ -261,8 +261,10 @@ CrossEntropyResults check_cross_entropy(const Kernels& kernels) {
   return results;
 }
 
+#include "kernel_check_adapters.h"
 #include "kernel_check_prefix.h"
 #include "kernel_check_prompt.h"
+#include "kernel_check_swiglu.h"
 
 int check_table(const Kernels& kernels) {
   Report report{kernels.isa};
@@ -291,5 +293,23 @@ int check_table(const Kernels& kernels) {
   report("prompt_embed", prompt.embed);
   report("prompt_embed_dprompt", prompt.dprompt);
   report("prompt_embed_dweight", prompt.dweight);
+  const BottleneckResults bottleneck = check_bottleneck(kernels);
+  report("bottleneck: y", bottleneck.y);
+  report("bottleneck: z", bottleneck.z);
+  report("bottleneck: dx", bottleneck.dx);
+  report("bottleneck: d_down", bottleneck.down);
+  report("bottleneck: d_down_bias", bottleneck.down_bias);
+  report("bottleneck: d_up", bottleneck.up);
+  report("bottleneck: d_up_bias", bottleneck.up_bias);
+  const FusionResults fusion = check_fusion(kernels);
+  report("fusion_attend: ctx", fusion.ctx);
+  report("fusion_attend: p", fusion.p);
+  report("fusion_attend: dg", fusion.dg);
+  report("fusion_attend: dvalues", fusion.dvalues);
+  report("fusion_attend: doffset", fusion.doffset);
+  const SwigluResults swiglu = check_swiglu(kernels);
+  report("swiglu", swiglu.y);
+  report("swiglu: dgate", swiglu.dgate);
+  report("swiglu: dup", swiglu.dup);
   return report.failures;
 }
