@@ -18,5 +18,6 @@ def test_trainer(model_folder, tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "15 of 15 fused" in result.stdout  # seven linear layers in each of two blocks, the loss
+    # Seven linear layers and the MLP in each of two blocks, and the loss.
+    assert "17 of 17 fused" in result.stdout
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
