@@ -43,6 +43,11 @@ class Sizes(NamedTuple):
     steps: int
     seeds: int
 
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """What is drawn depends on all of them: the same parts for whoever asks."""
+        return self.train, self.validation, self.held_out
+
 
 SIZES = Sizes(100, 8, 16, 36, 2)
 QUICK = Sizes(4, 1, 1, 2, 2)
@@ -50,15 +55,8 @@ QUICK = Sizes(4, 1, 1, 2, 2)
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.prompts_smollm2")
-    parser.add_argument("--out", type=Path, default=Path("prompts_output"))
     parser.add_argument("--part", choices=NAMES, action="append", help="a method; default: all")
-    parser.add_argument("--base", type=Path, help="folder of another model and its tokenizer")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    quiet()
-    options.out.mkdir(parents=True, exist_ok=True)
+    options = parsed(parser)
     path = options.out / "prompts-smollm2.json"
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     folder = options.base or prepare(options.out / "smollm2-135m")
@@ -68,9 +66,7 @@ def main() -> None:
         print(f"{time.perf_counter() - begin:6.0f} s  {message}", flush=True)
 
     sizes = QUICK if options.quick else SIZES
-    texts, _, held_out = load_tasks(
-        load_tokenizer(folder), sizes.train, sizes.validation, sizes.held_out
-    )
+    texts, _, held_out = load_tasks(load_tokenizer(folder), *sizes.parts)
     report["setting"] = {
         "cpu": cpu_name(),
         "threads": options.threads,
@@ -93,6 +89,19 @@ def main() -> None:
         path.write_text(json.dumps(report, indent=1) + "\n")
     draw(report, options.out / "prompts_smollm2.png")
     print(f"\n{table(report)}")
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with those of both programs, and what they ask for at the start."""
+    parser.add_argument("--out", type=Path, default=Path("prompts_output"))
+    parser.add_argument("--base", type=Path, help="folder of another model and its tokenizer")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    quiet()
+    options.out.mkdir(parents=True, exist_ok=True)
+    return options
 
 
 def untrained(folder: Path, held_out: Texts) -> dict[str, Any]:

@@ -9,7 +9,6 @@ peft_prompt_embed.py.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from fusetune.integrations import peft_prompt_embed
 from fusetune.integrations._guards import carrier
 from fusetune.integrations._prompt_rows import is_a_table
 from fusetune.nn import cache_argument, prefix_attention
+from fusetune.nn._prefix_layout import parameters
 from fusetune.nn.adapter_names import distinct, places
 from fusetune.nn.prefix_attention import Prefix
 
@@ -87,7 +87,7 @@ class FusedPrompts:
         """
         backbone = self.base_model.get_submodule(self.transformer_backbone_name)
         models = (self.base_model, backbone)
-        known = any(cache_argument.NAMES[1] in _parameters(model) for model in models)
+        known = any(cache_argument.NAMES[1] in parameters(type(model)) for model in models)
         if known or _ACTIVE not in self.__dict__:
             return super()._prefix_tuning_forward(*args, **kwargs)  # type: ignore[misc]
         return self.base_model(*args, **kwargs)
@@ -139,10 +139,6 @@ class FusedPrompts:
     @property
     def present_method(self: Any) -> str:
         return peft_prompt_embed.METHODS.get(_kind(self), self.method)
-
-
-def _parameters(model: Any) -> Any:
-    return inspect.signature(model.forward).parameters
 
 
 def _kind(model: Any) -> Any:

@@ -181,3 +181,9 @@ def test_checkpointing_recomputes_it(calls):
         got = tiny_models.loss_and_grads(model, inputs)
         assert calls.count("swiglu") == 4
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_dtype_without_a_kernel_is_reported():
+    found = rows(mlp().double())
+    assert found
+    assert all("float64" in row.reason for row in found)
