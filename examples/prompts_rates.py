@@ -6,7 +6,7 @@ Each of a method's three rates trains for STEPS steps, from one seed, and is jud
 glosses that are neither trained on nor those that prompts_smollm2 holds out. Writes
 OUT/prompts-rates.json after each trial, and goes on where it was stopped.
 
-The trials on record drew their glosses in a draw of their own: 2 of the 152 that judged them, and 15 of
+The trials on record had a draw of their own: 2 of the 152 glosses that judged them, and 15 of
 those they trained on, are among the 304 that the table's losses are of.
 """
 
