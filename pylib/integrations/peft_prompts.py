@@ -86,8 +86,8 @@ class FusedPrompts:
         PEFT 0.21 looks for the older one in the model, then in its backbone, and gives up.
         """
         backbone = self.base_model.get_submodule(self.transformer_backbone_name)
-        models = (self.base_model, backbone)
-        known = any(cache_argument.NAMES[1] in parameters(type(model)) for model in models)
+        kinds: tuple[Any, ...] = (type(self.base_model), type(backbone))
+        known = any(cache_argument.NAMES[1] in parameters(kind) for kind in kinds)
         if known or _ACTIVE not in self.__dict__:
             return super()._prefix_tuning_forward(*args, **kwargs)  # type: ignore[misc]
         return self.base_model(*args, **kwargs)
