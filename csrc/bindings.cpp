@@ -5,9 +5,6 @@
 //   W4      (packed, code, absmax, absmax_q, nested_code, nested_absmax, nested_offset, nested_blocksize,
 //            blocksize, rows, cols)
 //   LowRank (left, right, rank, scale) or None
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <vector>
 
@@ -47,17 +44,6 @@ void with_weight(const std::optional<Weight4bitArg>& w4, const DenseArg& dense, 
   const Weight w = w4 ? Weight{&quantized, {}} : Weight{nullptr, matrix(*dense)};
   py::gil_scoped_release no_gil;
   f(w);
-}
-
-// Asks for huge pages under memory that nothing was written to yet. The kernel then maps 2 MB at a time, not 4 KB.
-void advise_huge_pages(Address address, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr Address kPage = 4096;
-  const Address begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
-  if (begin < end) madvise(pointer<void>(begin), end - begin, MADV_HUGEPAGE);  // advice: whether it helps or not
-#else
-  (void)address, (void)bytes;
-#endif
 }
 
 bool has(const std::string& name) {
@@ -109,7 +95,6 @@ void bind_runtime(py::module_& m) {
   m.def("pool_name", &pool_name);
   m.def("num_threads", &num_threads);
   m.def("last_region_threads", &last_region_threads);
-  m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
   m.def("fma_peak", [](double seconds) {
     const auto run = built(kernels().fma_peak, "fma_peak");
     py::gil_scoped_release no_gil;
@@ -251,6 +236,7 @@ PYBIND11_MODULE(_C, m) {
   bind_4bit(m);
   bind_linear(m);
   bind_lora(m);
+  bind_blocks(m);
   bind_adapters(m);
   bind_prefix(m);
   bind_prompts(m);

@@ -21,6 +21,7 @@ from fusetune.report import FuseReport, Row
 # Integrations that swap classes, and the libraries they need. A library that was never imported has
 # no model here, and importing these takes seconds.
 _LAYERS = {
+    "linear": (),
     "peft": ("peft",),
     "bitsandbytes": ("bitsandbytes",),
     "peft_bnb": ("peft", "bitsandbytes"),
@@ -39,9 +40,10 @@ def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
     """Fuses what can be fused of a model, in place, and reports on every layer concerned.
 
     Covers PEFT's LoRA on dense and on bitsandbytes' 4-bit linear layers, 4-bit layers without an
-    adapter, PEFT's prefix tuning, the activation of transformers' gated MLPs with SiLU, and, with
-    `loss`, transformers' language-model losses. Call it once the adapters are in place; another
-    call covers what was added since and changes nothing else.
+    adapter, PEFT's prefix tuning, the activation of transformers' gated MLPs with SiLU, on CPUs the
+    other linear layers that are frozen and fp32, and, with `loss`, transformers' language-model
+    losses. Call it once the adapters are in place; another call covers what was added since and
+    changes nothing else.
 
     A 4-bit weight that bitsandbytes has repacked for its CPU kernel gets its plain layout back.
     What a layer cannot do exactly runs its library's own code, and the report says why. Raises
@@ -49,6 +51,7 @@ def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
     backend (FUSETUNE_BACKEND) cannot run; the model is then as it was.
     """
     with _undone_on_error(model) as undo:
+        importlib.import_module("fusetune.integrations.linear").discover(model)
         if "transformers" in sys.modules:
             importlib.import_module("fusetune.integrations.transformers_mlp").discover(model)
         swaps = _swaps()

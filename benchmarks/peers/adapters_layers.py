@@ -34,9 +34,8 @@ def bottleneck(cls: type, config: object, hidden: int, bottleneck: int, tokens: 
     leaves = [x, residual, *module.parameters()]
 
     def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        module(x, residual)[0].backward(gradient)
+        # In a model x and the residual are no leaves: their gradients are handed on, not copied.
+        torch.autograd.grad(module(x, residual)[0], leaves, gradient)
 
     return step
 

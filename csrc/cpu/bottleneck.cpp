@@ -1,12 +1,12 @@
 // Bottleneck adapters, forward: z = x down^T + down_bias, y = addend + drop(f(z) up^T + up_bias).
 //
-// Tiling: tasks of up to 96 rows. x comes in slices of 144 columns (16 bits: widened into a buffer in L2, 61 KB), which
+// Tiling: tasks of up to 192 rows. x comes in slices of 144 columns (16 bits: widened into a buffer in L2, 123 KB), which
 // register tiles multiply into z; f(z) stays in L1/L2 and is expanded a panel of 3 vectors of columns at a time, each
 // panel of the weight (9 KB at d = 48) for all rows. What comes next is asked for while a product is made: without that
 // the memory waits for the FMAs and they for it. Weights are laid out once a call.
 // Bytes: x and the addend read once (where they are the same matrix, the second time from L2 or L3), y written once, z
 // written. Floor: 2 M H d FMAs. Measured on one core of a Zen 4 (118 GF/s at its best), fp32, with a residual:
-// M = 4096, H = 768, d = 48: 6.8 ms, floor 5.1; M = 2048, H = 4096, d = 64: 22.3 ms, floor 18.2. The gap: short tiles
+// M = 4096, H = 768, d = 48: 6.0 ms, floor 5.1; M = 2048, H = 4096, d = 64: 22.3 ms, floor 18.2. The gap: short tiles
 // (d steps between 24 loads and stores) and memory.
 #include "bottleneck.h"
 #include "isa_kernels.h"

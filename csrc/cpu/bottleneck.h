@@ -12,8 +12,7 @@
 
 namespace fusetune::FUSETUNE_ISA {
 
-constexpr int64_t kBlockRows = 96;        // of x at a time
-constexpr int64_t kPanel = 3 * kLanes;    // columns of the wide layout's panels
+constexpr int64_t kBlockRows = 192;       // of x at a time
 constexpr int64_t kSlice = 144;           // columns of x at a time, whole panels
 constexpr int64_t kSliceLd = kSlice + 16;  // rows of a slice do not fall into the same cache sets
 

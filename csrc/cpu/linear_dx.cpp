@@ -4,6 +4,7 @@
 // size of dx exists but dx.
 #include "dropout.h"
 #include "gemm.h"
+#include "gemm_dense.h"
 
 namespace fusetune {
 namespace FUSETUNE_ISA {
@@ -33,6 +34,10 @@ void mask_block(Block<RowsAreDepth>& block, const Dropout& dropout, int64_t k) {
 
 void linear_dx(const Matrix& dy, int64_t m, int64_t n, int64_t k, const Weight& w, const LowRank& tail,
                const Dropout& dropout, const MutMatrix& dx) {
+  if (gemm_dense_fits(dy, m, n, w, dx)) {
+    const DenseTerm low_rank{tail.left, tail.rank, tail.right, k, tail.rank, tail.scale};
+    return gemm_dense<false>(m, k, nullptr, low_rank, dropout, dense_term(dy, w.dense, n, 1.f), dx);
+  }
   const Term low_rank{
       {tail.left, tail.rank, Dtype::f32}, dense_rows({tail.right, k, Dtype::f32}, tail.scale), tail.rank};
   with_elements(dy, w, n, [&](auto elements) {

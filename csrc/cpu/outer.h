@@ -7,6 +7,8 @@
 
 namespace fusetune::FUSETUNE_ISA {
 
+constexpr int64_t kPanel = 3 * kLanes;  // columns of a packed operand's panels
+
 // An operand that is read element by element, and one that is read in whole vectors.
 struct Scalars {
   const float* data;

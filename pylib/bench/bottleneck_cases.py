@@ -37,11 +37,9 @@ def bottleneck(
         leaves = [convert(t).detach().requires_grad_() for t in (x, *parameters, residual)]
 
         def run() -> Result:
-            for leaf in leaves:
-                leaf.grad = None
             y = branch(*leaves)
-            torch.autograd.backward(y, convert(dy))
-            return y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)
+            # In a model x and the residual are no leaves: gradients are handed on, not copied.
+            return y.detach(), *torch.autograd.grad(y, leaves, convert(dy))
 
         return run
 

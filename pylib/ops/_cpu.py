@@ -6,6 +6,7 @@ checked: a kernel gets bare addresses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,7 @@ from fusetune.reference.dropout import threshold_and_scale
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 QUANT_TYPE_CODES = {"nf4": 0, "fp4": 1}
 _CPU = torch.device("cpu")
-# The C library gives blocks of some MB back to the system as soon as they are freed, and the first
-# write to each page of a new one is a fault: 13 ms for 32 MB in pages of 4 KB, longer than many a
-# computation whose result that is. From this size on we ask for pages of 2 MB.
-_HUGE_PAGES = 4 << 20
+_BLOCK = 1 << 20  # bytes from which results lie in memory of our own: see csrc/blocks.h
 
 
 def kernels() -> Any:
@@ -62,11 +60,13 @@ def set_isa(name: str) -> None:
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Memory for a kernel to write: on the CPU whatever the default device is, and real."""
-    out = torch.empty(shape, dtype=dtype, device=_CPU)
+    pooled = _native.C is not None and math.prod(shape) * dtype.itemsize >= _BLOCK
+    if pooled and dtype in DTYPE_CODES:
+        out: torch.Tensor = torch.from_dlpack(_native.C.block(shape, DTYPE_CODES[dtype]))
+    else:
+        out = torch.empty(shape, dtype=dtype, device=_CPU)
     if type(out) is not torch.Tensor:
         raise RuntimeError(f"a kernel cannot write to a {type(out).__name__}: some mode is active")
-    if out.nbytes >= _HUGE_PAGES and _native.C is not None:
-        _native.C.advise_huge_pages(out.data_ptr(), out.nbytes)
     return out
 
 

@@ -7,6 +7,7 @@ import stock_peft
 import torch
 
 from fusetune import ops
+from fusetune.integrations import linear
 
 stock_peft.patch()
 
@@ -40,6 +41,13 @@ def calls(monkeypatch):
 
         return count
 
-    for name in ("lora_linear", "dora_linear", "linear_4bit", "cross_entropy", "swiglu"):
+    counted = ("linear", "lora_linear", "dora_linear", "linear_4bit", "cross_entropy", "swiglu")
+    for name in counted:
         monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
     return names
+
+
+@pytest.fixture
+def stock_base(monkeypatch):
+    """A base whose own linear layers stay torch's: what is fused beside makes the difference."""
+    monkeypatch.setattr(linear.FusedLinear, "accepts", classmethod(lambda cls, module: False))

@@ -16,6 +16,8 @@ from peft import (
 from fusetune import fuse, unfuse
 from fusetune.integrations import peft_prompt_embed
 
+pytestmark = pytest.mark.usefixtures("stock_base")
+
 LENGTH = 5
 MODELS = {
     "llama": (tiny_models.llama, TaskType.CAUSAL_LM),
