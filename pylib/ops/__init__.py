@@ -4,7 +4,7 @@ Each runs on the best backend its arguments allow, is a `torch.library` op for t
 export, and has its definition in `fusetune.reference`.
 """
 
-from fusetune.ops._cpu import set_isa
+from fusetune.ops._cpu import empty_cache, set_isa
 from fusetune.ops._registry import (
     OPS,
     Case,
@@ -40,6 +40,7 @@ __all__ = [
     "dequantize_4bit",
     "dora_linear",
     "dora_norm",
+    "empty_cache",
     "extend_labels",
     "extend_mask",
     "linear",

@@ -70,6 +70,14 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
+def empty_cache() -> int:
+    """Gives memory that is kept for the CPU kernels' next large results back to the system.
+
+    Returns the bytes of it. What is kept was all in use at once at some time.
+    """
+    return 0 if _native.C is None else int(_native.C.release_blocks())
+
+
 def matrix(rows: torch.Tensor) -> tuple[int, int, int]:
     """(address, distance of rows in elements, dtype) of a matrix with contiguous rows."""
     return rows.data_ptr(), rows.stride(0), DTYPE_CODES[rows.dtype]
