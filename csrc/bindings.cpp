@@ -57,6 +57,8 @@ bool has(const std::string& name) {
   if (name == "lora_ds_db") return k.lora_ds_db;
   if (name == "lora_da") return k.lora_da;
   if (name == "dora_norm") return k.dora_norm;
+  if (name == "rms_norm") return k.rms_norm;
+  if (name == "rms_norm_dx") return k.rms_norm_dx;
   if (name == "bottleneck") return k.bottleneck;
   if (name == "bottleneck_backward") return k.bottleneck_backward;
   if (name == "cross_entropy") return k.cross_entropy;
@@ -237,6 +239,7 @@ PYBIND11_MODULE(_C, m) {
   bind_linear(m);
   bind_lora(m);
   bind_blocks(m);
+  bind_norm(m);
   bind_adapters(m);
   bind_prefix(m);
   bind_prompts(m);

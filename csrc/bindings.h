@@ -52,6 +52,8 @@ F built(F kernel, const char* name) {
 
 // Adds the kernels of bottleneck adapters and of AdapterFusion.
 void bind_adapters(pybind11::module_& m);
+// Adds the norm of transformers' models.
+void bind_norm(pybind11::module_& m);
 // Adds memory for results.
 void bind_blocks(pybind11::module_& m);
 // Adds those of attention to a prefix.

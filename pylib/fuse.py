@@ -27,6 +27,7 @@ _LAYERS = {
     "peft_bnb": ("peft", "bitsandbytes"),
     "peft_prompts": ("peft",),
     "transformers_mlp": ("transformers",),
+    "transformers_norm": ("transformers",),
 }
 # Methods that may lie in a module's instance -> the one of its class that they then are.
 _BOUND = {
@@ -53,7 +54,8 @@ def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
     with _undone_on_error(model) as undo:
         importlib.import_module("fusetune.integrations.linear").discover(model)
         if "transformers" in sys.modules:
-            importlib.import_module("fusetune.integrations.transformers_mlp").discover(model)
+            for part in ("transformers_mlp", "transformers_norm"):
+                importlib.import_module(f"fusetune.integrations.{part}").discover(model)
         swaps = _swaps()
         restorable = {kind for kind in swaps.values() if hasattr(kind, "restore_layout")}
         transformers = _transformers()

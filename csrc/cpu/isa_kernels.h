@@ -26,6 +26,8 @@ Function<decltype(Kernels::lora_shrink)> lora_shrink;
 Function<decltype(Kernels::lora_ds_db)> lora_ds_db;
 Function<decltype(Kernels::lora_da)> lora_da;
 Function<decltype(Kernels::dora_norm)> dora_norm;
+Function<decltype(Kernels::rms_norm)> rms_norm;
+Function<decltype(Kernels::rms_norm_dx)> rms_norm_dx;
 Function<decltype(Kernels::bottleneck)> bottleneck;
 Function<decltype(Kernels::bottleneck_backward)> bottleneck_backward;
 Function<decltype(Kernels::cross_entropy)> cross_entropy;

@@ -27,6 +27,7 @@ from fusetune.ops.merge_lora import merge_lora
 from fusetune.ops.prefix_attention import prefix_attention
 from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 from fusetune.ops.quantize_4bit import quantize_4bit
+from fusetune.ops.rms_norm import rms_norm
 from fusetune.ops.swiglu import swiglu
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "prefix_attention",
     "prompt_embed",
     "quantize_4bit",
+    "rms_norm",
     "set_backend",
     "set_decode_int16",
     "set_isa",

@@ -7,7 +7,7 @@ import stock_peft
 import torch
 
 from fusetune import ops
-from fusetune.integrations import linear
+from fusetune.integrations import linear, transformers_norm
 
 stock_peft.patch()
 
@@ -42,6 +42,7 @@ def calls(monkeypatch):
         return count
 
     counted = ("linear", "lora_linear", "dora_linear", "linear_4bit", "cross_entropy", "swiglu")
+    counted += ("rms_norm",)
     for name in counted:
         monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
     return names
@@ -49,5 +50,6 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def stock_base(monkeypatch):
-    """A base whose own linear layers stay torch's: what is fused beside makes the difference."""
-    monkeypatch.setattr(linear.FusedLinear, "accepts", classmethod(lambda cls, module: False))
+    """A base whose own linear layers and norms stay stock: what else is fused is alone."""
+    for kind in (linear.FusedLinear, transformers_norm.FusedRMSNorm):
+        monkeypatch.setattr(kind, "accepts", classmethod(lambda cls, module: False))
