@@ -21,6 +21,7 @@ from fusetune.ops.dequantize_4bit import dequantize_4bit
 from fusetune.ops.dora_linear import dora_linear
 from fusetune.ops.dora_norm import dora_norm
 from fusetune.ops.linear_4bit import linear_4bit
+from fusetune.ops.lora_embedding import lora_embedding
 from fusetune.ops.lora_linear import lora_linear
 from fusetune.ops.merge_lora import merge_lora
 from fusetune.ops.prefix_attention import prefix_attention
@@ -42,6 +43,7 @@ __all__ = [
     "extend_labels",
     "extend_mask",
     "linear_4bit",
+    "lora_embedding",
     "lora_linear",
     "merge_lora",
     "prefix_attention",

@@ -10,6 +10,15 @@ from fusetune import ops
 
 stock_peft.patch()
 
+COUNTED = (
+    "cross_entropy",
+    "dora_linear",
+    "linear_4bit",
+    "lora_embedding",
+    "lora_linear",
+    "swiglu",
+)
+
 
 @pytest.fixture(autouse=True)
 def _kernel():
@@ -40,6 +49,6 @@ def calls(monkeypatch):
 
         return count
 
-    for name in ("lora_linear", "dora_linear", "linear_4bit", "cross_entropy", "swiglu"):
+    for name in COUNTED:
         monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
     return names
