@@ -24,6 +24,7 @@ _LAYERS = {
     "peft": ("peft",),
     "bitsandbytes": ("bitsandbytes",),
     "peft_bnb": ("peft", "bitsandbytes"),
+    "peft_conv": ("peft",),
     "peft_embedding": ("peft",),
     "peft_prompts": ("peft",),
     "transformers_mlp": ("transformers",),

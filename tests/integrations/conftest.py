@@ -16,6 +16,7 @@ COUNTED = (
     "linear_4bit",
     "lora_embedding",
     "lora_linear",
+    "lora_up",
     "swiglu",
 )
 

@@ -205,7 +205,7 @@ def test_mixed_batch_and_transforms(calls):
     assert calls == []
 
 
-# --- what PEFT and torch do with the layer ---------------------------------------------------------
+# --- what PEFT and torch do with the layer --------------------------------------------------------
 
 
 def test_lifecycle(tmp_path, calls):
