@@ -22,6 +22,7 @@ from fusetune.ops.dora_linear import dora_linear
 from fusetune.ops.dora_norm import dora_norm
 from fusetune.ops.linear_4bit import linear_4bit
 from fusetune.ops.lora_embedding import lora_embedding
+from fusetune.ops.lora_grouped_linear import lora_grouped_linear
 from fusetune.ops.lora_linear import lora_linear
 from fusetune.ops.lora_up import lora_up
 from fusetune.ops.merge_lora import merge_lora
@@ -45,6 +46,7 @@ __all__ = [
     "extend_mask",
     "linear_4bit",
     "lora_embedding",
+    "lora_grouped_linear",
     "lora_linear",
     "lora_up",
     "merge_lora",

@@ -15,6 +15,7 @@ COUNTED = (
     "dora_linear",
     "linear_4bit",
     "lora_embedding",
+    "lora_grouped_linear",
     "lora_linear",
     "lora_up",
     "swiglu",
