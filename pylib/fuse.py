@@ -26,6 +26,7 @@ _LAYERS = {
     "peft_bnb": ("peft", "bitsandbytes"),
     "peft_conv": ("peft",),
     "peft_embedding": ("peft",),
+    "peft_experts": ("peft", "transformers"),
     "peft_prompts": ("peft",),
     "transformers_mlp": ("transformers",),
 }
