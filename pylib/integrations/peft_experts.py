@@ -9,44 +9,28 @@ share, with the same attributes of the module.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.integrations import moe
 
 from fusetune import ops
-from fusetune.integrations._guards import (
-    KERNEL_DTYPES,
-    call_reason,
-    carrier,
-    module_reason,
-    no_kernel,
+from fusetune.integrations._experts import (
+    Adapters,
+    Factors,
+    active_factors,
+    as_stored,
+    experts_reason,
+    grouped_reason,
+    moe,
 )
+from fusetune.integrations._guards import call_reason, carrier, module_reason, no_kernel
 
 Tensor = torch.Tensor
 _OP = "lora_grouped_linear"
 _SILU = type(ACT2FN["silu"])
-# By name of config._experts_implementation: what must be registered there. "eager" is the class's.
-_KNOWN: dict[str, Callable[..., Any] | None] = {
-    "eager": None,
-    "batched_mm": moe.batched_mm_experts_forward,
-    "grouped_mm": moe.grouped_mm_experts_forward,
-}
-
-
-class Factors(NamedTuple):
-    """One active adapter of a stack of weights."""
-
-    lora_A: Tensor  # [E, r, K]
-    lora_B: Tensor  # [E, N, r]
-    scaling: float
-
-
-Adapters = dict[str, Factors | None]  # by the weight's name; None: no active adapter
 
 
 class FusedParamWrapper(ParamWrapper):
@@ -63,7 +47,11 @@ class FusedParamWrapper(ParamWrapper):
             return super().forward(x, *args, **kwargs)
         experts = self.get_base_layer()
         dtype = _compute_dtype(experts, x)
-        if dtype is None or (not _composed(x) and no_kernel(_OP, "cpu", dtype, self._dtype())):
+        if _composed(x):
+            fits = grouped_reason(experts) is None
+        else:
+            fits = not no_kernel(_OP, "cpu", dtype or x.dtype, self.get_param().dtype)
+        if dtype is None or not fits:
             return super().forward(x, *args, **kwargs)
         return experts_forward(experts, x.to(dtype), *routing, adapters).to(x.dtype)
 
@@ -84,10 +72,6 @@ class FusedParamWrapper(ParamWrapper):
             return "no active adapter"
         return experts_reason(layer, adapters) or adapters
 
-    def _dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.get_param().dtype
-        return dtype
-
     def fused_reason(self) -> str | None:
         """Why the layer, in its present state, runs PEFT's forward; None where it is fused."""
         adapters = self._fused_adapters()
@@ -97,7 +81,7 @@ class FusedParamWrapper(ParamWrapper):
         """(backend, reason against it) for hidden states of the weights' dtype and device."""
         weight = self.get_param()
         if _composed(weight):
-            return "torch", None
+            return "torch", grouped_reason(self.get_base_layer())
         return carrier(_OP, weight.device.type, weight.dtype, weight.dtype)
 
 
@@ -135,92 +119,6 @@ def _composed(x: Tensor) -> bool:
     return x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
-# --- guards ---------------------------------------------------------------------------------------
-
-
-def active_factors(layer: Any) -> Factors | str | None:
-    """The one active adapter of a `lora.ParamWrapper`, or why PEFT has to carry it out."""
-    if layer._disable_adapters:
-        return "adapters are disabled"
-    if layer.merged_adapters:
-        return "the adapter is merged"
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(names) > 1:
-        return f"{len(names)} active adapters"
-    if not names:
-        return None
-    scaling = layer.scaling[names[0]]
-    if isinstance(scaling, Tensor):
-        return "the scaling is a tensor"
-    weights = [
-        layers[names[0]]._parameters.get("weight") for layers in (layer.lora_A, layer.lora_B)
-    ]
-    for role, weight in zip(("lora_A", "lora_B"), weights, strict=True):
-        if type(weight) is not nn.Parameter or hasattr(weight, "ds_id"):
-            return f"the weight of {role} is not a plain parameter but {type(weight).__name__}"
-    lora_A, lora_B = weights
-    if lora_A.dtype != lora_B.dtype or lora_A.dtype not in KERNEL_DTYPES:
-        return f"lora_A is {lora_A.dtype}, lora_B {lora_B.dtype}"
-    experts = layer.num_experts
-    by_expert = lora_A.view(experts, -1, lora_A.shape[1])
-    packed = lora_B.view(lora_B.shape[0], -1, experts)  # an expert in every last place
-    return Factors(by_expert, packed.permute(2, 0, 1), scaling)
-
-
-def experts_reason(experts: Any, adapters: Adapters) -> str | None:
-    """Why the experts have to be called; None where their attributes say what they compute."""
-    kind = type(experts)
-    name = f"the base layer is a {kind.__name__}"
-    if not kind.__module__.startswith("transformers.models.") or not _decorated(kind):
-        return f"{name}, not one of transformers' experts"
-    reason = module_reason(experts, "the experts", kind)
-    if reason is not None:
-        return reason
-    implementation = experts.config._experts_implementation
-    expected = _KNOWN.get(implementation, moe)
-    if expected is moe or moe.ALL_EXPERTS_FUNCTIONS.get(implementation) is not expected:
-        return f"the experts' implementation {implementation!r} is not known"
-    if experts._is_expert_parallel:
-        return "the experts are spread over processes"
-    names = {"gate_up_proj" if experts.has_gate else "up_proj", "down_proj"}
-    if not adapters.keys() <= names:
-        return f"adapters of {', '.join(sorted(adapters.keys() - names))} are not fused"
-    for name in names:
-        reason = _stack_reason(name, experts._parameters.get(name), experts)
-        if reason is not None:
-            return reason
-    for name, factors in adapters.items():
-        weight = _as_stored(experts, name)
-        fits = factors is None or (
-            (weight.shape[0], factors.lora_B.shape[1], factors.lora_A.shape[2]) == weight.shape
-        )
-        if not fits:
-            return f"the adapter of {name} has not its weight's shape"
-    return None
-
-
-def _decorated(kind: Any) -> bool:
-    """Whether the class's forward is the dispatcher of transformers' decorator for experts."""
-    forward = kind.__dict__.get("forward")
-    code = getattr(forward, "__code__", None)
-    if code is None or "experts_interface" not in code.co_freevars:
-        return False
-    interface = forward.__closure__[code.co_freevars.index("experts_interface")].cell_contents
-    return interface is moe.ALL_EXPERTS_FUNCTIONS
-
-
-def _stack_reason(name: str, weight: Any, experts: Any) -> str | None:
-    if type(weight) is not nn.Parameter:
-        return f"{name} is not a plain parameter but {type(weight).__name__}"
-    if hasattr(weight, "ds_id"):
-        return f"{name} is partitioned by DeepSpeed"
-    if weight.dim() != 3 or weight.shape[0] != experts.num_experts:
-        return f"{name} is no stack of {experts.num_experts} matrices"
-    if weight.dtype not in KERNEL_DTYPES:
-        return f"{name} is {weight.dtype}"
-    return f"{name} is trained" if weight.requires_grad else None
-
-
 # --- the experts' forward -------------------------------------------------------------------------
 
 
@@ -235,9 +133,8 @@ def experts_forward(
     rows = hidden[order // k]
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     projected = _project(experts, up, rows, ids, offsets, adapters)
-    projected = _project(
-        experts, "down_proj", _activated(experts, projected), ids, offsets, adapters
-    )
+    activated = _activated(experts, projected)
+    projected = _project(experts, "down_proj", activated, ids, offsets, adapters)
     if experts.has_post_expert_norm:
         projected = experts.post_expert_norm(projected)
     weighted = projected * weights.reshape(-1)[order, None]
@@ -246,16 +143,10 @@ def experts_forward(
     return weighted[back].view(tokens, k, weighted.shape[1]).sum(1)
 
 
-def _as_stored(experts: Any, name: str) -> Tensor:
-    """The stack [E, N, K]: a view where it is stored transposed."""
-    weight: Tensor = experts._parameters[name]
-    return weight.transpose(1, 2) if experts.is_transposed else weight
-
-
 def _project(
     experts: Any, name: str, x: Tensor, ids: Tensor, offsets: Tensor, adapters: Adapters
 ) -> Tensor:
-    weight, factors = _as_stored(experts, name), adapters.get(name)
+    weight, factors = as_stored(experts, name), adapters.get(name)
     if factors is None or _composed(x):
         y: Tensor = moe._grouped_linear(x, weight.to(x.dtype), offsets)
         if factors is not None:
@@ -284,7 +175,7 @@ def _activated(experts: Any, projected: Tensor) -> Tensor:
     device, dtype = projected.device.type, projected.dtype
     activation = experts._modules.get("act_fn")
     plain = type(activation) is _SILU and module_reason(activation, "act_fn", _SILU) is None
-    default = type(experts)._apply_gate is moe._default_apply_gate
+    default = type(experts)._apply_gate is getattr(moe, "_default_apply_gate", None)
     if plain and default and not no_kernel("swiglu", device, dtype):
         return ops.swiglu(*projected.chunk(2, -1))
     y = experts._apply_gate(projected)

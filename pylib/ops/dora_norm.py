@@ -54,11 +54,13 @@ def _cpu_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     (n, r), k = lora_B.shape, lora_A.shape[1]
     a, b = _cpu.fp32(lora_A), _cpu.fp32(lora_B)
     norm = _cpu.empty(n, dtype=torch.float32)
-    gaps = isinstance(weight, Tensor) and (weight.stride(1) != 1 or weight.is_neg())
-    step = _ROWS_TO_COPY if gaps else n  # the kernel reads contiguous rows
-    for first in range(0, n, max(step, 1)):
-        count = min(step, n - first)
-        part = weight[first : first + count].contiguous().resolve_neg() if gaps else weight
+    dense = weight if isinstance(weight, Tensor) else None
+    gaps = dense is not None and (dense.stride(1) != 1 or dense.is_neg())
+    step = _ROWS_TO_COPY if gaps else max(n, 1)  # the kernel reads contiguous rows
+    for first in range(0, n, step):
+        part, count = weight, min(step, n - first)
+        if gaps and dense is not None:
+            part = dense[first : first + count].contiguous().resolve_neg()
         tail = (a.data_ptr(), b[first:].data_ptr(), r, scaling, norm[first:].data_ptr())
         _cpu.kernels().dora_norm(*_cpu.weight(part), count, k, *tail)
     return norm

@@ -118,9 +118,10 @@ def _backward_by_groups(
         rows = slice(start, end)
         factors = (weight[g], lora_A[g], lora_B[g], s[rows], scaling, 0.0, None)
         parts = run(dy[rows], x[rows], *factors, *needs)
-        for grad, part, where in zip(grads, parts, (rows, g, g), strict=True):
+        group = slice(g, g + 1)
+        for grad, part, place in zip(grads, parts, (rows, group, group), strict=True):
             if grad is not None:
-                grad[where] = part
+                grad[place] = part
     return grads[0], grads[1], grads[2]
 
 

@@ -71,7 +71,8 @@ def lora_grouped_linear_backward(
             None,
             *needs,
         )
-        for grad, part, where in zip(grads, parts, (slice(start, end), g, g), strict=True):
+        places = (slice(start, end), slice(g, g + 1), slice(g, g + 1))
+        for grad, part, place in zip(grads, parts, places, strict=True):
             if grad is not None and part is not None:
-                grad[where] = part
+                grad[place] = part
     return grads[0], grads[1], grads[2]

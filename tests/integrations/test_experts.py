@@ -1,4 +1,4 @@
-"""LoRA on the stacked weights of experts: tokens pass through the factors, weights stay unfolded."""
+"""LoRA on the stacked weights of experts: tokens pass through the factors, no stack is folded."""
 
 import copy
 
@@ -10,8 +10,14 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig
-from transformers import NemotronHConfig, Qwen2MoeForCausalLM
+from transformers import (
+    GptOssConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    NemotronHConfig,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 from transformers.integrations import moe
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -39,22 +45,21 @@ class Block(nn.Module):
         return self.experts(*args, **kwargs)
 
 
-def mixtral_config(**options):
+def mixtral_config(inner=INNER):
     return MixtralConfig(
         vocab_size=tiny_models.VOCABULARY,
         hidden_size=HIDDEN,
-        intermediate_size=INNER,
+        intermediate_size=inner,
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         num_local_experts=EXPERTS,
         num_experts_per_tok=2,
         max_position_embeddings=64,
-        **options,
     )
 
 
-def qwen2_moe_config(**options):
+def qwen2_moe_config():
     return Qwen2MoeConfig(
         vocab_size=tiny_models.VOCABULARY,
         hidden_size=HIDDEN,
@@ -67,7 +72,6 @@ def qwen2_moe_config(**options):
         num_experts=EXPERTS,
         num_experts_per_tok=2,
         max_position_embeddings=64,
-        **options,
     )
 
 
@@ -194,6 +198,16 @@ def test_by_torchs_grouped_products(kind, dtype, monkeypatch, calls):
     assert_near(results(fused, *given), results(stock, *given), double(stock, *given))
     assert OP not in calls
     assert fusetune.fuse(fused).rows[0].backend == "torch"
+
+
+def test_sizes_that_torchs_grouped_product_refuses(monkeypatch, calls):
+    monkeypatch.setattr(peft_experts, "_composed", lambda x: True)
+    monkeypatch.setitem(CLASSES, "odd", (MixtralExperts, lambda: mixtral_config(inner=20)))
+    stock, fused = pair("odd", "eager")
+    given = inputs()
+    assert torch.equal(fused(*given), stock(*given))
+    assert "multiples of 8" in fusetune.fuse(fused).stock[0].reason
+    assert calls == []
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
