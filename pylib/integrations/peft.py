@@ -199,6 +199,12 @@ def fused_linear(
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: FusedLinear}
 
+_LEFT_TO_PEFT = {
+    "lora.MultiheadAttention": (
+        "PEFT adds out_proj's adapter twice to the weight and once to the gradient"
+    ),
+}
+
 
 def unsupported(module: nn.Module) -> tuple[str, str] | None:
     """(method, reason) of a PEFT layer that has no fused class; None for any other module."""
@@ -207,4 +213,5 @@ def unsupported(module: nn.Module) -> tuple[str, str] | None:
     kind = type(module)
     package = kind.__module__.removeprefix("peft.tuners.").split(".")[0]
     method = "LoRA" if isinstance(module, lora.LoraLayer) else package
-    return method, f"{package}.{kind.__name__} has no fused path"
+    name = f"{package}.{kind.__name__}"
+    return method, _LEFT_TO_PEFT.get(name, f"{name} has no fused path")
