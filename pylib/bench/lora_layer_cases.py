@@ -63,8 +63,9 @@ def transposed_linear(m: int, n: int, k: int, dtype: torch.dtype, rank: int) -> 
     """LoRA over a weight that is stored [K, N], as GPT-2's."""
     stored, bias = (torch.randn(k, n) / k**0.5).to(dtype), torch.randn(n)
 
-    def ours(weight: Tensor, x: Tensor, **factors: Tensor) -> Tensor:
-        return ops.lora_linear(x, weight.t(), **factors, scaling=_SCALING, bias=bias.to(x.dtype))
+    def ours(weight: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        b = bias.to(x.dtype)
+        return ops.lora_linear(x, weight.t(), lora_A, lora_B, _SCALING, bias=b)
 
     def peer(weight: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         y = torch.addmm(bias.to(x.dtype), x, weight)
@@ -80,8 +81,8 @@ def embedding(m: int, v: int, h: int, dtype: torch.dtype, rank: int) -> Case:
     """m tokens of a vocabulary of v."""
     ids, table = torch.randint(v, (m,)), torch.randn(v, h).to(dtype)
 
-    def ours(weight: Tensor, **factors: Tensor) -> Tensor:
-        return ops.lora_embedding(ids, weight, **factors, scaling=_SCALING)
+    def ours(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return ops.lora_embedding(ids, weight, lora_A, lora_B, _SCALING)
 
     def peer(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         low = functional.embedding(ids, lora_A.t())
@@ -122,8 +123,8 @@ def experts(
     if transposed:
         stack = stack.transpose(1, 2).contiguous().transpose(1, 2)
 
-    def ours(weight: Tensor, x: Tensor, **factors: Tensor) -> Tensor:
-        return ops.lora_grouped_linear(x, weight, **factors, scaling=_SCALING, ends=ends)
+    def ours(weight: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return ops.lora_grouped_linear(x, weight, lora_A, lora_B, _SCALING, ends)
 
     def peer(weight: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         low = (lora_B.to(weight.dtype), lora_A.to(weight.dtype))
