@@ -25,6 +25,9 @@ _LAYERS = {
     "peft": ("peft",),
     "bitsandbytes": ("bitsandbytes",),
     "peft_bnb": ("peft", "bitsandbytes"),
+    "peft_conv": ("peft",),
+    "peft_embedding": ("peft",),
+    "peft_experts": ("peft", "transformers"),
     "peft_prompts": ("peft",),
     "transformers_mlp": ("transformers",),
     "transformers_norm": ("transformers",),
@@ -40,16 +43,24 @@ _BOUND = {
 def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
     """Fuses what can be fused of a model, in place, and reports on every layer concerned.
 
-    Covers PEFT's LoRA on dense and on bitsandbytes' 4-bit linear layers, 4-bit layers without an
-    adapter, PEFT's prefix tuning, the activation of transformers' gated MLPs with SiLU, on CPUs the
-    other linear layers that are frozen and fp32, and, with `loss`, transformers' language-model
-    losses. Call it once the adapters are in place; another call covers what was added since and
-    changes nothing else.
+    <<<<<<< HEAD
+        Covers PEFT's LoRA on dense and on bitsandbytes' 4-bit linear layers, 4-bit layers without an
+        adapter, PEFT's prefix tuning, the activation of transformers' gated MLPs with SiLU, on CPUs the
+        other linear layers that are frozen and fp32, and, with `loss`, transformers' language-model
+        losses. Call it once the adapters are in place; another call covers what was added since and
+        changes nothing else.
+    =======
+        Covers PEFT's LoRA on dense and on bitsandbytes' 4-bit linear layers, on token embeddings,
+        convolutions and transformers' experts, 4-bit layers without an adapter, PEFT's prefix tuning,
+        the activation of transformers' gated MLPs with SiLU, and, with `loss`, transformers'
+        language-model losses. Call it once the adapters are in place; another call covers what was
+        added since and changes nothing else.
+    >>>>>>> wothers
 
-    A 4-bit weight that bitsandbytes has repacked for its CPU kernel gets its plain layout back.
-    What a layer cannot do exactly runs its library's own code, and the report says why. Raises
-    TypeError where `model` is no module, and ValueError where a 4-bit weight is corrupt or a forced
-    backend (FUSETUNE_BACKEND) cannot run; the model is then as it was.
+        A 4-bit weight that bitsandbytes has repacked for its CPU kernel gets its plain layout back.
+        What a layer cannot do exactly runs its library's own code, and the report says why. Raises
+        TypeError where `model` is no module, and ValueError where a 4-bit weight is corrupt or a forced
+        backend (FUSETUNE_BACKEND) cannot run; the model is then as it was.
     """
     with _undone_on_error(model) as undo:
         importlib.import_module("fusetune.integrations.linear").discover(model)

@@ -20,7 +20,7 @@ import torch
 
 from fusetune import _native, ops
 from fusetune.bench import cases as make
-from fusetune.bench import gpu_cases, prefix_cases, prompt_cases
+from fusetune.bench import gpu_cases, lora_layer_cases, prefix_cases, prompt_cases
 from fusetune.bench.bottleneck_cases import bottleneck
 from fusetune.bench.dora_cases import dora_linear
 from fusetune.bench.fusion_cases import adapter_fusion
@@ -128,6 +128,7 @@ def small_cases() -> Iterator[Case]:
         yield adapter_fusion(M, 5, N, dtype, train=True, dropout=0.3)
         yield from prefix_cases.small_cases(dtype)
         yield from prompt_cases.small_cases(dtype)
+        yield from lora_layer_cases.small_cases(dtype)
         for m in (1, 6, M):
             yield make.linear_4bit(m, N, K, dtype, double_quant=True)
             yield make.linear_4bit_dx(m, N, K, dtype)

@@ -18,6 +18,7 @@ def quantized(weight, **options):
 
 WEIGHTS = {
     "dense": lambda w: w,
+    "transposed": lambda w: w.T.contiguous().T,  # as GPT-2's
     "nf4": quantized,
     "fp4 nested": lambda w: quantized(w, quant_type="fp4", double_quant=True),
 }

@@ -17,6 +17,12 @@ from .cases import (
 )
 from .dora_cases import dora_linear_cases
 from .fusion_cases import adapter_fusion_cases
+from .lora_layer_cases import (
+    lora_embedding_cases,
+    lora_grouped_linear_cases,
+    lora_up_cases,
+    transposed_linear_cases,
+)
 from .prefix_cases import prefix_attention_cases
 from .prompt_cases import prompt_embed_cases
 from .swiglu_cases import swiglu_cases
@@ -62,6 +68,7 @@ def lora_linear_cases(full: bool, n: int, k: int) -> Iterator[Case]:
     if full:
         yield lora_linear(512, n, k, FP32, rank=64, dropout=0.05, dense=False, train=True)
         yield lora_linear(512, n, k, BF16, rank=16, dropout=0.05, dense=False, train=True)
+    yield from transposed_linear_cases(full, n, k)
 
 
 def quantize_4bit_cases(full: bool, n: int, k: int) -> Iterator[Case]:
@@ -87,6 +94,9 @@ OPS: dict[str, Callable[[bool, int, int], Iterator[Case]]] = {
     "linear_4bit": linear_4bit_cases,
     "lora_linear": lora_linear_cases,
     "dora_linear": dora_linear_cases,
+    "lora_embedding": lora_embedding_cases,
+    "lora_up": lora_up_cases,
+    "lora_grouped_linear": lora_grouped_linear_cases,
     "quantize_4bit": quantize_4bit_cases,
     "dequantize_4bit": dequantize_4bit_cases,
     "cross_entropy": cross_entropy_cases,

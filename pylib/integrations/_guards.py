@@ -82,9 +82,9 @@ def module_reason(module: nn.Module, role: str, kind: type[nn.Module]) -> str | 
     return None
 
 
-def linear_reason(module: nn.Module, role: str) -> str | None:
-    """Why a plain nn.Linear cannot be bypassed."""
-    reason = module_reason(module, role, nn.Linear)
+def linear_reason(module: nn.Module, role: str, kind: type[nn.Module] = nn.Linear) -> str | None:
+    """Why a plain nn.Linear, or another `kind` with a weight, cannot be bypassed."""
+    reason = module_reason(module, role, kind)
     if reason is not None:
         return reason
     weight = module._parameters.get("weight")

@@ -15,6 +15,7 @@ from peft.tuners.lora import dora
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fusetune import ops
 from fusetune.integrations._guards import (
@@ -92,8 +93,8 @@ def dora_magnitude(layer: Any, name: str) -> torch.Tensor | str:
     reason = module_reason(holder, "lora_magnitude_vector", dora.DoraLinearLayer)
     if reason is not None:
         return reason
-    if holder.fan_in_fan_out:
-        return "DoRA over a transposed weight"
+    if holder.fan_in_fan_out != (type(layer._modules["base_layer"]) is Conv1D):
+        return "DoRA's fan_in_fan_out is not the base layer's"
     if dora.ENABLE_DORA_CACHING and not holder.training:
         return "PEFT's cache of DoRA's norms is switched on"
     magnitude = holder._parameters.get("weight")
@@ -110,7 +111,7 @@ def present_method(layer: Any, method: str) -> str:
 
 
 class FusedLinear(lora.Linear):
-    """`lora.Linear` over a dense `nn.Linear`, in one fused op."""
+    """`lora.Linear` over a dense `nn.Linear` or a transformers' `Conv1D`, in one fused op."""
 
     stock_class = lora.Linear
     method = "LoRA"
@@ -124,6 +125,8 @@ class FusedLinear(lora.Linear):
             return super().forward(x)
         base: Any = self._modules["base_layer"]
         weight = base._parameters["weight"]
+        if type(base) is Conv1D:  # stored [K, N]
+            weight = weight.t()
         bias = base._parameters.get("bias")
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -140,7 +143,8 @@ class FusedLinear(lora.Linear):
 
     def _fused_adapter(self) -> Adapter | str:
         base: Any = self._modules["base_layer"]
-        reason = linear_reason(base, "base_layer")
+        kind = Conv1D if type(base) is Conv1D else nn.Linear
+        reason = linear_reason(base, "base_layer", kind)
         if reason is not None:
             return reason
         if base._parameters["weight"].requires_grad:
@@ -195,6 +199,12 @@ def fused_linear(
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: FusedLinear}
 
+_LEFT_TO_PEFT = {
+    "lora.MultiheadAttention": (
+        "PEFT adds out_proj's adapter twice to the weight and once to the gradient"
+    ),
+}
+
 
 def unsupported(module: nn.Module) -> tuple[str, str] | None:
     """(method, reason) of a PEFT layer that has no fused class; None for any other module."""
@@ -203,4 +213,5 @@ def unsupported(module: nn.Module) -> tuple[str, str] | None:
     kind = type(module)
     package = kind.__module__.removeprefix("peft.tuners.").split(".")[0]
     method = "LoRA" if isinstance(module, lora.LoraLayer) else package
-    return method, f"{package}.{kind.__name__} has no fused path"
+    name = f"{package}.{kind.__name__}"
+    return method, _LEFT_TO_PEFT.get(name, f"{name} has no fused path")

@@ -22,7 +22,10 @@ from fusetune.ops.dora_linear import dora_linear
 from fusetune.ops.dora_norm import dora_norm
 from fusetune.ops.linear import linear
 from fusetune.ops.linear_4bit import linear_4bit
+from fusetune.ops.lora_embedding import lora_embedding
+from fusetune.ops.lora_grouped_linear import lora_grouped_linear
 from fusetune.ops.lora_linear import lora_linear
+from fusetune.ops.lora_up import lora_up
 from fusetune.ops.merge_lora import merge_lora
 from fusetune.ops.prefix_attention import prefix_attention
 from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
@@ -46,7 +49,10 @@ __all__ = [
     "extend_mask",
     "linear",
     "linear_4bit",
+    "lora_embedding",
+    "lora_grouped_linear",
     "lora_linear",
+    "lora_up",
     "merge_lora",
     "prefix_attention",
     "prompt_embed",

@@ -10,6 +10,9 @@ from fusetune.ops._weight import Weight
 
 Tensor = torch.Tensor
 _NATIVE_BF16: bool = torch.cpu._is_avx512_bf16_supported()
+_ROWS_TO_TILE = (
+    8  # of x: fewer, and decoding the rows of a transposed weight is what takes the time
+)
 
 
 def torch_multiplies(rows: Tensor, weight: Weight) -> bool:
@@ -18,7 +21,8 @@ def torch_multiplies(rows: Tensor, weight: Weight) -> bool:
     It is where the CPU multiplies bfloat16 natively, which our kernels, summing in fp32, do not
     (1.5 to 2 times as fast on Zen 4), and for one row of fp32. Otherwise our kernel is ahead: MKL
     repacks the weight on every call, and torch converts float16, and bfloat16 on other CPUs, at a
-    crawl. Weights whose rows are not contiguous go to torch too.
+    crawl. Weights whose rows are not contiguous go to torch too, but for those of
+    `stored_transposed`.
     """
     if not isinstance(weight, Tensor) or rows.dtype != weight.dtype:
         return False
@@ -27,6 +31,22 @@ def torch_multiplies(rows: Tensor, weight: Weight) -> bool:
     if rows.dtype == torch.bfloat16:
         return _NATIVE_BF16
     return rows.dtype == torch.float32 and rows.shape[0] == 1
+
+
+def stored_transposed(rows: Tensor, weight: Weight, least: int = 0) -> Tensor | None:
+    """The matrix [K, N] whose transpose `weight` is, where our kernels multiply by it as it lies.
+
+    Their two directions are each other's for a transposed weight: y = x W^T sums over the rows of
+    [K, N] as dX does elsewhere, dX = dY W takes one row for each of its columns. None for other
+    weights, for what torch multiplies (see there), and for fp32 with fewer than `least` rows.
+    """
+    if not isinstance(weight, Tensor) or weight.stride(1) == 1 or weight.stride(0) != 1:
+        return None
+    stored = weight.resolve_neg().t()
+    if torch_multiplies(rows, stored):
+        return None
+    few = rows.dtype == torch.float32 and rows.shape[0] < least
+    return None if few and rows.dtype == weight.dtype else stored
 
 
 def with_contiguous_rows(weight: Weight) -> Weight:
@@ -72,6 +92,10 @@ def _forward(
     s = shrink(rows, a, dropout_p, seed)
     n, r = b.shape
     tail = (s.data_ptr(), b.data_ptr(), r, scaling)
+    stored = stored_transposed(rows, weight, _ROWS_TO_TILE)
+    if stored is not None:
+        left, right = _with_bias(s, b, scaling, _sum_biases(bias, lora_bias, scaling))
+        return _kernel_dx(rows, stored, rows.shape[1], left, right, None), s
     if isinstance(weight, Tensor) and torch_multiplies(rows, weight):
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
         # The tail in fp32, as in PEFT: addmm would round s and lora_B to 16 bits.
@@ -79,6 +103,14 @@ def _forward(
         return y.add_(_cpu.linear(s[:, :0], weight, n, scaled, tail, False)), s
     both = _sum_biases(bias, lora_bias, scaling)
     return _cpu.linear(rows, with_contiguous_rows(weight), n, both, tail, int16), s
+
+
+def _with_bias(s: Tensor, b: Tensor, scaling: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """left [M, r'], right [r', N] with left right = scaling s b^T + bias."""
+    right = b.t() * scaling
+    if bias is None:
+        return s, right.contiguous()
+    return torch.cat([s, s.new_ones(s.shape[0], 1)], 1), torch.cat([right, bias[None]])
 
 
 def _backward(
@@ -128,10 +160,26 @@ def dx(
 ) -> Tensor:
     """dy W + drop'(ds lora_A), in dy's dtype."""
     n = dy.shape[1]
+    stored = stored_transposed(dy, weight)
+    if stored is not None:
+        return _dx_of_transposed(dy, stored, ds, a, dropout)
     if isinstance(weight, Tensor) and torch_multiplies(dy, weight):
         dx = dy @ weight
         return dx.add_(_kernel_dx(ds, weight, 0, ds, a, dropout))
     return _kernel_dx(dy, with_contiguous_rows(weight), n, ds, a, dropout)
+
+
+def _dx_of_transposed(
+    dy: Tensor, stored: Tensor, ds: Tensor, a: Tensor, dropout: tuple[int, int, float] | None
+) -> Tensor:
+    """`dx` of the weight whose transpose `stored` [K, N] is."""
+    r, k = a.shape
+    if dropout is None:
+        right = a.t().contiguous()
+        return _cpu.linear(dy, stored, k, None, (ds.data_ptr(), right.data_ptr(), r, 1.0), False)
+    # That direction of the kernel masks nothing: the tail is added to its result.
+    dx = _cpu.linear(dy, stored, k, None, None, False)
+    return dx.add_(_kernel_dx(ds, stored, 0, ds, a, dropout))
 
 
 def _kernel_dx(

@@ -13,6 +13,7 @@ from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, flatten, unflatten
 from fusetune.reference import dora_norm as reference
 
 Tensor = torch.Tensor
+_ROWS_TO_COPY = 64  # at a time, of a weight that is stored transposed: no second one exists
 
 
 def dora_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -53,13 +54,15 @@ def _cpu_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     (n, r), k = lora_B.shape, lora_A.shape[1]
     a, b = _cpu.fp32(lora_A), _cpu.fp32(lora_B)
     norm = _cpu.empty(n, dtype=torch.float32)
-    if isinstance(weight, Tensor):
-        weight = weight.resolve_neg()
-        weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    quantized, dense = _cpu.weight(weight)
-    _cpu.kernels().dora_norm(
-        quantized, dense, n, k, a.data_ptr(), b.data_ptr(), r, scaling, norm.data_ptr()
-    )
+    dense = weight if isinstance(weight, Tensor) else None
+    gaps = dense is not None and (dense.stride(1) != 1 or dense.is_neg())
+    step = _ROWS_TO_COPY if gaps else max(n, 1)  # the kernel reads contiguous rows
+    for first in range(0, n, step):
+        part, count = weight, min(step, n - first)
+        if gaps and dense is not None:
+            part = dense[first : first + count].contiguous().resolve_neg()
+        tail = (a.data_ptr(), b[first:].data_ptr(), r, scaling, norm[first:].data_ptr())
+        _cpu.kernels().dora_norm(*_cpu.weight(part), count, k, *tail)
     return norm
 
 

@@ -35,6 +35,9 @@ def merge_lora(
     `lora_linear` adds it to the output before that is rounded. PEFT's `merge` rounds the update,
     then the sum, and quantises what was a 4-bit weight anew.
 
+    A lora_bias is merged as bias + scaling lora_bias, which is the caller's to do. (PEFT's merge
+    into a 4-bit layer leaves the scaling out.)
+
     On a GPU a 4-bit weight whose K is not a multiple of 8 is left to the reference, as in
     `dora_norm`. Raises TypeError or ValueError, naming the argument, for what does not fit.
     """

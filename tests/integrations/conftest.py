@@ -11,6 +11,19 @@ from fusetune.integrations import linear, transformers_norm
 
 stock_peft.patch()
 
+COUNTED = (
+    "linear",
+    "rms_norm",
+    "cross_entropy",
+    "dora_linear",
+    "linear_4bit",
+    "lora_embedding",
+    "lora_grouped_linear",
+    "lora_linear",
+    "lora_up",
+    "swiglu",
+)
+
 
 @pytest.fixture(autouse=True)
 def _kernel():
@@ -41,9 +54,7 @@ def calls(monkeypatch):
 
         return count
 
-    counted = ("linear", "lora_linear", "dora_linear", "linear_4bit", "cross_entropy", "swiglu")
-    counted += ("rms_norm",)
-    for name in counted:
+    for name in COUNTED:
         monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
     return names
 

@@ -108,6 +108,7 @@ def test_rows_without_any_adapter_are_the_base_model():
     torch.testing.assert_close(got[1:], logits(model.base_model, inputs)[1:])
 
 
+@pytest.mark.usefixtures("stock_base")
 def test_set_and_disable_and_delete():
     model, task = with_two(prefix_models.llama)
     inputs = prefix_models.inputs(task, padding="left")
