@@ -70,6 +70,10 @@ bool has(const std::string& name) {
   if (name == "lora_shrink") return k.lora_shrink;
   if (name == "lora_ds_db") return k.lora_ds_db;
   if (name == "lora_da") return k.lora_da;
+  if (name == "multi_lora_shrink") return k.multi_lora_shrink;
+  if (name == "multi_lora_expand") return k.multi_lora_expand;
+  if (name == "multi_lora_ds_db") return k.multi_lora_ds_db;
+  if (name == "multi_lora_da") return k.multi_lora_da;
   if (name == "dora_norm") return k.dora_norm;
   if (name == "bottleneck") return k.bottleneck;
   if (name == "bottleneck_backward") return k.bottleneck_backward;
@@ -251,6 +255,7 @@ PYBIND11_MODULE(_C, m) {
   bind_4bit(m);
   bind_linear(m);
   bind_lora(m);
+  bind_multi_lora(m);
   bind_adapters(m);
   bind_prefix(m);
   bind_prompts(m);

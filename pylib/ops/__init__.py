@@ -23,6 +23,7 @@ from fusetune.ops.dora_norm import dora_norm
 from fusetune.ops.linear_4bit import linear_4bit
 from fusetune.ops.lora_linear import lora_linear
 from fusetune.ops.merge_lora import merge_lora
+from fusetune.ops.multi_lora_linear import multi_lora_linear
 from fusetune.ops.prefix_attention import prefix_attention
 from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 from fusetune.ops.quantize_4bit import quantize_4bit
@@ -44,6 +45,7 @@ __all__ = [
     "linear_4bit",
     "lora_linear",
     "merge_lora",
+    "multi_lora_linear",
     "prefix_attention",
     "prompt_embed",
     "quantize_4bit",
