@@ -24,6 +24,7 @@ _LAYERS = {
     "peft": ("peft",),
     "bitsandbytes": ("bitsandbytes",),
     "peft_bnb": ("peft", "bitsandbytes"),
+    "peft_lora_model": ("peft",),
     "peft_prompts": ("peft",),
     "transformers_mlp": ("transformers",),
 }
@@ -224,15 +225,17 @@ def _rows(model: nn.Module) -> list[Row]:
 
 
 def _row(name: str, module: Any, fused_classes: set[type[Any]]) -> Row | None:
-    """The row of a module that fuse knows; None for any other."""
+    """The row of a module that fuse knows; None for any other, and for one without a row."""
     kind: Any = type(module)
+    if getattr(kind, "unreported", False):
+        return None
     if kind in fused_classes:
         reason = module.fused_reason()
         return Row(
             name, getattr(module, "present_method", kind.method), module.fused_carrier()[0], reason
         )
     fused_class = _target(module, _swaps())
-    if fused_class is not None:
+    if fused_class is not None and not getattr(fused_class, "unreported", False):
         own = _has_own_forward(module)
         reason = "it has a forward of its own" if own else "not fused: call fuse()"
         return Row(name, fused_class.method, "-", reason)

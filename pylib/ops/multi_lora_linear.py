@@ -13,7 +13,7 @@ import torch
 from fusetune.ops import _check
 from fusetune.ops._multi_lora_linear import apply
 from fusetune.ops._weight import Weight
-from fusetune.ops.lora_linear import check_arguments
+from fusetune.ops.lora_linear import check_arguments, lora_linear
 from fusetune.reference.dropout import new_seed
 
 Tensor = torch.Tensor
@@ -67,7 +67,33 @@ def multi_lora_linear(
     dropped = training and any(dropout_p)
     seeds = new_seed(x.device, count) if dropped else None
     chances = [float(p) for p in dropout_p] if dropped else [0.0] * count
+    if stacks(x.device, adapter_of is not None, dropped):
+        return _stacked(x, weight, lora_A, lora_B, numbers, bias, biases)
     return apply(x, weight, lora_A, lora_B, numbers, adapter_of, bias, biases, chances, seeds)
+
+
+def stacks(device: torch.device, by_row: bool, dropped: bool) -> bool:
+    """Whether `lora_linear` carries the op out, as one adapter of all the ranks.
+
+    It can where all rows have all adapters and there is no dropout, of which each has a mask of its
+    own. The CPU has kernels that need no stacking.
+    """
+    return device.type != "cpu" and not by_row and not dropped
+
+
+def _stacked(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    bias: Tensor | None,
+    lora_bias: Tensor | None,
+) -> Tensor:
+    scaled = [b.to(_acc(x)) * scale for b, scale in zip(lora_B, scaling, strict=True)]
+    summed = None if lora_bias is None else lora_bias.sum(0)
+    all_a, all_b = torch.cat(list(lora_A)), torch.cat(scaled, 1)
+    return lora_linear(x, weight, all_a, all_b, 1.0, bias=bias, lora_bias=summed)
 
 
 def _check_lengths(count: int, **lists: Sequence[object]) -> None:
@@ -136,10 +162,10 @@ def _checked_rows(adapter_of: Sequence[int], count: int, x: Tensor) -> list[int]
 def _number(scale: float | Tensor) -> float:
     if isinstance(scale, Tensor):
         if scale.dim():
-            raise ValueError(f"scaling must have numbers or 0-d tensors, got shape {[*scale.shape]}")
+            raise ValueError(f"scaling must be numbers or 0-d tensors, got shape {[*scale.shape]}")
         return 1.0  # folded into lora_B: the host never reads it
     if not isinstance(scale, float | int):
-        raise TypeError(f"scaling must have numbers or 0-d tensors, got {type(scale).__name__}")
+        raise TypeError(f"scaling must be numbers or 0-d tensors, got {type(scale).__name__}")
     return float(scale)
 
 

@@ -40,6 +40,7 @@ def calls(monkeypatch):
 
         return count
 
-    for name in ("lora_linear", "dora_linear", "linear_4bit", "cross_entropy", "swiglu"):
+    linears = ("lora_linear", "multi_lora_linear", "dora_linear", "linear_4bit")
+    for name in (*linears, "cross_entropy", "swiglu"):
         monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
     return names
