@@ -24,6 +24,7 @@ from fusetune.bench import gpu_cases, prefix_cases, prompt_cases
 from fusetune.bench.bottleneck_cases import bottleneck
 from fusetune.bench.dora_cases import dora_linear
 from fusetune.bench.fusion_cases import adapter_fusion
+from fusetune.bench.multi_lora_cases import multi_lora_linear
 from fusetune.bench.swiglu_cases import swiglu
 from fusetune.bench.timing import Case, relative_error, seeded
 from fusetune.ops import _cuda, _triton
@@ -131,6 +132,9 @@ def small_cases() -> Iterator[Case]:
         for m in (1, 6, M):
             yield make.linear_4bit(m, N, K, dtype, double_quant=True)
             yield make.linear_4bit_dx(m, N, K, dtype)
+        for by_row in (False, True):
+            options = {"ranks": [5, 16], "dropout": 0.3, "dense": by_row, "by_row": by_row}
+            yield multi_lora_linear(6, 7, N, K, dtype, **options)
         for dense in (False, True):
             yield make.lora_linear(M, N, K, dtype, rank=5, dropout=0.3, dense=dense, train=True)
             for p in (0.0, 0.3):
