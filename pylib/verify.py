@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -132,9 +133,9 @@ def small_cases() -> Iterator[Case]:
         for m in (1, 6, M):
             yield make.linear_4bit(m, N, K, dtype, double_quant=True)
             yield make.linear_4bit_dx(m, N, K, dtype)
-        for by_row in (False, True):
-            options = {"ranks": [5, 16], "dropout": 0.3, "dense": by_row, "by_row": by_row}
-            yield multi_lora_linear(6, 7, N, K, dtype, **options)
+        for kind in (False, True):
+            parts: dict[str, Any] = {"dense": kind, "by_row": kind, "dropout": 0.3}
+            yield multi_lora_linear(6, 7, N, K, dtype, ranks=[5, 16], **parts)
         for dense in (False, True):
             yield make.lora_linear(M, N, K, dtype, rank=5, dropout=0.3, dense=dense, train=True)
             for p in (0.0, 0.3):

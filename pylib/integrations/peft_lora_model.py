@@ -31,8 +31,13 @@ class FusedLoraModel(LoraModel):
         """As `LoraModel`'s, and in training: adapter_names, an adapter for each row."""
         names = kwargs.get("adapter_names")
         hooked = super()._enable_peft_forward_hooks(*args, **kwargs)
+        if names is None:
+            with hooked:
+                yield
+            return
         with ExitStack() as stack:
-            if names is None or not self.training:
+            stack.callback(_remove_left_hooks, self, _pre_hooks(self))
+            if not self.training:
                 stack.enter_context(hooked)
                 yield
                 return
@@ -43,6 +48,19 @@ class FusedLoraModel(LoraModel):
                 self.training = True
             stack.enter_context(_recomputed_with(self, names))
             yield
+
+
+def _pre_hooks(model: nn.Module) -> set[int]:
+    return {key for module in model.modules() for key in module._forward_pre_hooks}
+
+
+def _remove_left_hooks(model: nn.Module, before: set[int]) -> None:
+    """PEFT leaves its hooks behind where the forward raises: later calls would get the names."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if key not in before and "adapter_names" in getattr(hook, "keywords", {}):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 @contextmanager

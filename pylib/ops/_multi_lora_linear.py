@@ -199,17 +199,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(inputs[0], *inputs[1:6], output[1], seeds, *lora_A, *lora_B)
     ctx.plain = inputs[6:_A]
-    need = ctx.needs_input_grad
-    ctx.bias_dtype = bias.dtype if bias is not None and need[_A + 4] else None
-    ctx.lora_bias_dtype = lora_bias.dtype if lora_bias is not None and need[_A + 5] else None
+    ctx.bias_dtypes = [None if t is None else t.dtype for t in (bias, lora_bias)]
 
 
 def _library_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
     x, *weight = ctx.saved_tensors[:6]
     s, seeds, *factors = ctx.saved_tensors[6:]
     count = len(ctx.scaling)
-    need_dx, need_dA, need_dB = (ctx.needs_input_grad[i] for i in (0, _A, _A + 1))
+    need = ctx.needs_input_grad  # only here, not in the forward pass, with its lists as they were
+    need_dx, need_dA, need_dB = (need[i] for i in (0, _A, _A + 1))
     grads: list[Any] = [None] * (_A + 9)
+    grads[_A] = grads[_A + 1] = [None] * count
     if need_dx or any(need_dA) or any(need_dB):
         settings = (ctx.scaling, ctx.adapter_of, ctx.dropout_p, seeds)
         low = (factors[:count], factors[count:], s)
@@ -218,7 +218,8 @@ def _library_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
         grads[0] = dx if need_dx else None
         grads[_A] = [g if needed else None for g, needed in zip(dA, need_dA, strict=True)]
         grads[_A + 1] = [g if needed else None for g, needed in zip(dB, need_dB, strict=True)]
-    dtypes = (ctx.bias_dtype, ctx.lora_bias_dtype)
+    places = enumerate(ctx.bias_dtypes, _A + 4)
+    dtypes = (dtype if need[place] else None for place, dtype in places)
     grads[_A + 4], grads[_A + 5] = _bias_grads(dy, ctx.adapter_of, *dtypes, count)
     return tuple(grads)
 

@@ -60,10 +60,10 @@ def multi_lora_linear(
     _check_adapters(x, weight, lora_A, lora_B, bias, lora_bias, dropout_p)
     if adapter_of is not None:
         adapter_of = _checked_rows(adapter_of, count, x)
+    numbers = [_number(scale) for scale in scaling]
     biases = _scaled_biases(lora_bias, scaling, x, weight.shape[0])
     if any(isinstance(scale, Tensor) for scale in scaling):
         lora_B = [_folded(b, scale, x) for b, scale in zip(lora_B, scaling, strict=True)]
-    numbers = [_number(scale) for scale in scaling]
     dropped = training and any(dropout_p)
     seeds = new_seed(x.device, count) if dropped else None
     chances = [float(p) for p in dropout_p] if dropped else [0.0] * count

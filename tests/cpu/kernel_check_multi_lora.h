@@ -8,7 +8,7 @@ struct MultiLoraResults {
 struct OwnedAdapter {
   int64_t rank;
   std::vector<int64_t> blocks, rows;
-  bool all;
+  bool all = false;
   Floats lora_A, lora_B, bias, s, ds, dA, dB;
 
   OwnedAdapter(int64_t rank, int64_t n, int64_t k) : rank(rank), lora_A(random_floats(rank * k)),
