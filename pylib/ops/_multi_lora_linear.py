@@ -140,7 +140,8 @@ class _MultiLoraLinear(torch.autograd.Function):
         weight = ctx.quantized if dense is None else dense
         count = len(ctx.scaling)
         need_dx, need = ctx.needs_input_grad[0], list(ctx.needs_input_grad[8:])
-        dx, grads = None, [None] * (2 * count)
+        dx: Tensor | None = None
+        grads: list[Tensor | None] = [None] * (2 * count)
         if need_dx or any(need):
             settings = (ctx.scaling, ctx.adapter_of, ctx.dropout_p, seeds)
             low = (factors[:count], factors[count:], s)
@@ -218,9 +219,10 @@ def _library_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
         grads[0] = dx if need_dx else None
         grads[_A] = [g if needed else None for g, needed in zip(dA, need_dA, strict=True)]
         grads[_A + 1] = [g if needed else None for g, needed in zip(dB, need_dB, strict=True)]
-    places = enumerate(ctx.bias_dtypes, _A + 4)
-    dtypes = (dtype if need[place] else None for place, dtype in places)
-    grads[_A + 4], grads[_A + 5] = _bias_grads(dy, ctx.adapter_of, *dtypes, count)
+    bias, lora_bias = (
+        dtype if need[place] else None for place, dtype in enumerate(ctx.bias_dtypes, _A + 4)
+    )
+    grads[_A + 4], grads[_A + 5] = _bias_grads(dy, ctx.adapter_of, bias, lora_bias, count)
     return tuple(grads)
 
 

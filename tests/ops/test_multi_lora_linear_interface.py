@@ -124,8 +124,7 @@ def test_bad_arguments(arguments, error, names):
 # --- torch.library --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter_of", [None, ROWS], ids=["all", "by row"])
-@pytest.mark.parametrize("kind", ["dense", "fp4 nested"])
+@pytest.mark.parametrize(("kind", "adapter_of"), [("dense", ROWS), ("fp4 nested", None)])
 def test_opcheck(backend, kind, adapter_of):
     a = leaves(make((4, 3), 8, 70, [2, 5], kind=kind))
     biases = torch.randn(2, 8, requires_grad=True)
@@ -149,8 +148,7 @@ def test_opcheck(backend, kind, adapter_of):
         )
 
 
-@pytest.mark.parametrize("adapter_of", [None, ROWS], ids=["all", "by row"])
-@pytest.mark.parametrize("kind", ["dense", "fp4 nested"])
+@pytest.mark.parametrize(("kind", "adapter_of"), [("dense", ROWS), ("fp4 nested", None)])
 def test_compiles_in_one_graph(fresh_compiler, backend, kind, adapter_of):
     compiled = torch.compile(
         ops.multi_lora_linear, fullgraph=True, backend="aot_eager", dynamic=True
