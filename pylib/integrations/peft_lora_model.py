@@ -4,6 +4,8 @@ PEFT hands adapter_names to its layers through hooks that live as long as the mo
 refuses them to a model in training. Its layers differentiate as well as any, so the refusal is
 lifted; and the layers that gradient checkpointing computes once more in the backward pass, when
 those hooks are gone, are given the names again.
+
+PEFT trains the adapters that are active; `model.set_requires_grad(names)` adds the others.
 """
 
 from __future__ import annotations

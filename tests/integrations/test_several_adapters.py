@@ -148,6 +148,20 @@ def test_in_training_too(four_bit, calls):
     assert_near(got, step(stock, inputs), step(float64_copy(stock), inputs))
 
 
+def test_training_with_what_peft_mixes_itself(calls):
+    """A LoRA of an embedding, and a head of each adapter's own, in the same batch."""
+    options = {"target_modules": ["embed_tokens", "gate_proj"], "modules_to_save": ["lm_head"]}
+    stock, _ = tiny_models.lora_llama(layers=1, **options)
+    stock.add_adapter("second", LoraConfig(r=2, init_lora_weights=False, **options))
+    stock.set_requires_grad(["default", "second"])
+    fused, inputs = copy.deepcopy(stock), tiny_models.token_inputs(batch=3)
+    inputs["adapter_names"] = ["second", "__base__", "default"]
+    fusetune.fuse(fused)
+    got = step(fused.train(), inputs)
+    assert "multi_lora_linear" in calls
+    assert_near(got, step(stock.eval(), inputs), step(float64_copy(stock), inputs))
+
+
 def test_rows_do_not_hear_of_other_rows():
     """Each row of a mixed batch is what it is in a batch of its adapter alone."""
     stock, fused, inputs = pair()

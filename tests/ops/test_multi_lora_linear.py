@@ -132,6 +132,25 @@ def test_frozen_parts_get_no_gradient(backend, adapter_of):
                 assert_same(grad, expected[f"d{name}"], name)
 
 
+@pytest.mark.parametrize("adapter_of", [None, [1, 0, 1, -1, 1, 0]], ids=["all", "by row"])
+def test_threads_change_nothing(adapter_of):
+    arguments = make((6, 100), 600, 530, [4, 16], kind="dense")
+    dy = torch.randn(6, 100, 600)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            torch.manual_seed(1)
+            given = {"adapter_of": adapter_of, "dropout_p": [0.2, 0.0]}
+            with ops.use_backend("cpu"):
+                found.append(results(ops.multi_lora_linear, arguments, dy, **given))
+    finally:
+        torch.set_num_threads(threads)
+    # x and the factors: y, and torch's own sums for the biases, may depend on the threads.
+    for name in ("dlora_A[0]", "dlora_A[1]", "dlora_B[0]", "dlora_B[1]"):
+        assert torch.equal(found[0][name], found[1][name]), name
+
+
 # --- dropout --------------------------------------------------------------------------------------
 
 
