@@ -56,6 +56,10 @@ bool has(const std::string& name) {
   if (name == "lora_shrink") return k.lora_shrink;
   if (name == "lora_ds_db") return k.lora_ds_db;
   if (name == "lora_da") return k.lora_da;
+  if (name == "multi_lora_shrink") return k.multi_lora_shrink;
+  if (name == "multi_lora_expand") return k.multi_lora_expand;
+  if (name == "multi_lora_ds_db") return k.multi_lora_ds_db;
+  if (name == "multi_lora_da") return k.multi_lora_da;
   if (name == "dora_norm") return k.dora_norm;
   if (name == "rms_norm") return k.rms_norm;
   if (name == "rms_norm_dx") return k.rms_norm_dx;
@@ -240,6 +244,7 @@ PYBIND11_MODULE(_C, m) {
   bind_lora(m);
   bind_blocks(m);
   bind_norm(m);
+  bind_multi_lora(m);
   bind_adapters(m);
   bind_prefix(m);
   bind_prompts(m);

@@ -28,6 +28,7 @@ _LAYERS = {
     "peft_conv": ("peft",),
     "peft_embedding": ("peft",),
     "peft_experts": ("peft", "transformers"),
+    "peft_lora_model": ("peft",),
     "peft_prompts": ("peft",),
     "transformers_mlp": ("transformers",),
     "transformers_norm": ("transformers",),
@@ -43,24 +44,21 @@ _BOUND = {
 def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
     """Fuses what can be fused of a model, in place, and reports on every layer concerned.
 
-    <<<<<<< HEAD
         Covers PEFT's LoRA on dense and on bitsandbytes' 4-bit linear layers, 4-bit layers without an
-        adapter, PEFT's prefix tuning, the activation of transformers' gated MLPs with SiLU, on CPUs the
-        other linear layers that are frozen and fp32, and, with `loss`, transformers' language-model
-        losses. Call it once the adapters are in place; another call covers what was added since and
-        changes nothing else.
-    =======
+    adapter, PEFT's prefix tuning, the activation of transformers' gated MLPs with SiLU, on CPUs the
+    other linear layers that are frozen and fp32, and, with `loss`, transformers' language-model
+    losses. Call it once the adapters are in place; another call covers what was added since and
+    changes nothing else.
         Covers PEFT's LoRA on dense and on bitsandbytes' 4-bit linear layers, on token embeddings,
-        convolutions and transformers' experts, 4-bit layers without an adapter, PEFT's prefix tuning,
-        the activation of transformers' gated MLPs with SiLU, and, with `loss`, transformers'
-        language-model losses. Call it once the adapters are in place; another call covers what was
-        added since and changes nothing else.
-    >>>>>>> wothers
+    convolutions and transformers' experts, 4-bit layers without an adapter, PEFT's prefix tuning,
+    the activation of transformers' gated MLPs with SiLU, and, with `loss`, transformers'
+    language-model losses. Call it once the adapters are in place; another call covers what was
+    added since and changes nothing else.
 
-        A 4-bit weight that bitsandbytes has repacked for its CPU kernel gets its plain layout back.
-        What a layer cannot do exactly runs its library's own code, and the report says why. Raises
-        TypeError where `model` is no module, and ValueError where a 4-bit weight is corrupt or a forced
-        backend (FUSETUNE_BACKEND) cannot run; the model is then as it was.
+    A 4-bit weight that bitsandbytes has repacked for its CPU kernel gets its plain layout back.
+    What a layer cannot do exactly runs its library's own code, and the report says why. Raises
+    TypeError where `model` is no module, and ValueError where a 4-bit weight is corrupt or a forced
+    backend (FUSETUNE_BACKEND) cannot run; the model is then as it was.
     """
     with _undone_on_error(model) as undo:
         importlib.import_module("fusetune.integrations.linear").discover(model)
@@ -240,15 +238,17 @@ def _rows(model: nn.Module) -> list[Row]:
 
 
 def _row(name: str, module: Any, fused_classes: set[type[Any]]) -> Row | None:
-    """The row of a module that fuse knows; None for any other."""
+    """The row of a module that fuse knows; None for any other, and for one without a row."""
     kind: Any = type(module)
+    if getattr(kind, "unreported", False):
+        return None
     if kind in fused_classes:
         reason = module.fused_reason()
         return Row(
             name, getattr(module, "present_method", kind.method), module.fused_carrier()[0], reason
         )
     fused_class = _target(module, _swaps())
-    if fused_class is not None:
+    if fused_class is not None and not getattr(fused_class, "unreported", False):
         own = _has_own_forward(module)
         reason = "it has a forward of its own" if own else "not fused: call fuse()"
         return Row(name, fused_class.method, "-", reason)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ from fusetune.bench import gpu_cases, lora_layer_cases, prefix_cases, prompt_cas
 from fusetune.bench.bottleneck_cases import bottleneck
 from fusetune.bench.dora_cases import dora_linear
 from fusetune.bench.fusion_cases import adapter_fusion
+from fusetune.bench.multi_lora_cases import multi_lora_linear
 from fusetune.bench.swiglu_cases import swiglu
 from fusetune.bench.timing import Case, relative_error, seeded
 from fusetune.ops import _cuda, _triton
@@ -132,6 +134,9 @@ def small_cases() -> Iterator[Case]:
         for m in (1, 6, M):
             yield make.linear_4bit(m, N, K, dtype, double_quant=True)
             yield make.linear_4bit_dx(m, N, K, dtype)
+        for kind in (False, True):
+            parts: dict[str, Any] = {"dense": kind, "by_row": kind, "dropout": 0.3}
+            yield multi_lora_linear(6, 7, N, K, dtype, ranks=[5, 16], **parts)
         for dense in (False, True):
             yield make.lora_linear(M, N, K, dtype, rank=5, dropout=0.3, dense=dense, train=True)
             for p in (0.0, 0.3):

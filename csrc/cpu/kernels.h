@@ -62,6 +62,24 @@ struct Dropout {
   float scale;
 };
 
+// One of several LoRA adapters over a layer, and the rows of x that it serves: ascending blocks of `block` rows each,
+// `rows` in all; no blocks: every row. What a kernel does not name may be null.
+struct LoraAdapter {
+  int64_t rank, rows;
+  const int64_t* blocks;
+  int64_t block;
+  const float *lora_A, *lora_B;  // [rank, K], [N, rank]
+  const float* bias;             // [N], scaled; null: none
+  float scale;
+  Dropout dropout;               // of x [M, K]: masks are those of x's own rows
+  float *s, *ds;                 // [rows, rank]
+  float *dA, *dB;                // null where not needed
+};
+struct LoraAdapters {
+  const LoraAdapter* data;
+  int64_t count;
+};
+
 // What N adapters gave for the same rows: a matrix [M, H] each, all of one dtype.
 struct FusionValues {
   const void* const* data;
@@ -165,6 +183,14 @@ struct Kernels {
   // dA [r, K] = ds [M, r]^T . drop(x [M, K])
   void (*lora_da)(const Matrix& x, int64_t m, int64_t k, const float* ds, int64_t rank, const Dropout& dropout,
                   float* dA);
+  // For each adapter, over the rows that it serves: s = drop(x [M, K]) . lora_A^T
+  void (*multi_lora_shrink)(const Matrix& x, int64_t k, const LoraAdapters& adapters);
+  // Added to the rows of out [M, cols]: scale * s . lora_B^T + bias; backward: drop'(ds . lora_A).
+  void (*multi_lora_expand)(const MutMatrix& out, int64_t m, int64_t cols, const LoraAdapters& adapters, bool backward);
+  // ds = scale * dy [M, N] . lora_B and dB = scale * dy^T . s; dB is zero where no row is served.
+  void (*multi_lora_ds_db)(const Matrix& dy, int64_t n, const LoraAdapters& adapters);
+  // dA = ds^T . drop(x [M, K])
+  void (*multi_lora_da)(const Matrix& x, int64_t k, const LoraAdapters& adapters);
   // norm [N] = || W [N, K] + scale * lora_B [N, r] . lora_A [r, K] || by rows
   void (*dora_norm)(const Weight& w, int64_t n, int64_t k, const float* lora_A, const float* lora_B, int64_t rank,
                     float scale, float* norm);

@@ -7,6 +7,7 @@ forward, and `fused_reason` says why.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +27,11 @@ from fusetune.integrations._guards import (
     module_reason,
     no_kernel,
 )
+from fusetune.ops.multi_lora_linear import stacks
 
 
 class Adapter(NamedTuple):
-    """What a fused forward needs of the one active adapter."""
+    """What a fused forward needs of an adapter."""
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
@@ -43,23 +45,75 @@ class Adapter(NamedTuple):
         return "lora_linear" if self.magnitude is None else "dora_linear"
 
 
-def active_adapter(layer: Any) -> Adapter | str:
-    """The one active adapter of a `lora.LoraLayer`, or why PEFT has to carry it out."""
+class Several(NamedTuple):
+    """What it needs of several: active ones, which are summed, or one for each row of the batch."""
+
+    adapters: list[Adapter]
+    adapter_of: list[int] | None  # the adapter of each row, -1 none; None: all are summed
+
+    @property
+    def lora_A(self) -> torch.Tensor:
+        """That of an adapter: all have its dtype."""
+        return self.adapters[0].lora_A
+
+    @property
+    def magnitude(self) -> None:
+        """None: there is no DoRA among them."""
+        return None
+
+    @property
+    def op(self) -> str:
+        dropped = any(adapter.dropout_p for adapter in self.adapters)
+        stacked = stacks(self.lora_A.device, self.adapter_of is not None, dropped)
+        return "lora_linear" if stacked else "multi_lora_linear"
+
+
+def active_adapter(
+    layer: Any, adapter_names: Sequence[str] | None = None
+) -> Adapter | Several | str:
+    """The `Adapter`s of a `lora.LoraLayer` that are to act, or why PEFT has to carry them out.
+
+    The active ones, or those of the rows of a batch where adapter_names gives each its own. One
+    for all rows: an `Adapter`; more, or rows without one: `Several`; else a reason.
+    """
     if layer._disable_adapters:
         return "adapters are disabled"
     if layer.merged_adapters:
         return "the adapter is merged"
     # _modules[...]: nn.Module's own attribute lookup takes half a microsecond each.
+    in_layer = layer._modules["lora_A"]._modules
+    given = layer.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+    names = [name for name in given if name in in_layer]
+    if len(names) == 1 and adapter_names is None:
+        return _adapter(layer, names[0])
+    if not names:
+        return "no active adapter" if adapter_names is None else "no row has an adapter"
+    adapters: list[Adapter] = []
+    for name in names:
+        adapter = _adapter(layer, name)
+        if isinstance(adapter, str):
+            return f"{len(names)} adapters, and of {name}: {adapter}"
+        if adapter.magnitude is not None:
+            return f"{len(names)} adapters, and {name} is a DoRA"
+        adapters.append(adapter)
+    if len({adapter.lora_A.dtype for adapter in adapters}) > 1:
+        return f"{len(names)} adapters of different dtypes"
+    if adapter_names is None:
+        return Several(adapters, None)
+    if len(names) == 1 == len(given):
+        return adapters[0]
+    places = {name: place for place, name in enumerate(names)}
+    return Several(adapters, [places.get(name, -1) for name in adapter_names])
+
+
+def _adapter(layer: Any, name: str) -> Adapter | str:
+    """One adapter of a layer, or why PEFT has to carry it out."""
     modules = layer._modules
-    in_layer = modules["lora_A"]._modules
-    names = [name for name in layer.active_adapters if name in in_layer]
-    if len(names) != 1:
-        return f"{len(names)} active adapters" if names else "no active adapter"
-    name = names[0]
     magnitude = dora_magnitude(layer, name) if name in layer.lora_variant else None
     if isinstance(magnitude, str):
         return magnitude
-    lora_A, lora_B = in_layer[name], modules["lora_B"]._modules[name]
+    lora_A = modules["lora_A"]._modules[name]
+    lora_B = modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
     dropout_kind = nn.Dropout if type(dropout) is nn.Dropout else nn.Identity
     reason = (
@@ -110,19 +164,33 @@ def present_method(layer: Any, method: str) -> str:
     return method.replace("LoRA", "DoRA") if kinds == {DoraLinearVariant} else method
 
 
+def present_op(layer: Any) -> str:
+    """The op of a fused layer in its present state, or the one of its method; for reports."""
+    adapter = layer._fused_adapter()
+    if not isinstance(adapter, str):
+        return str(adapter.op)
+    return "lora_linear" if layer.present_method == layer.method else "dora_linear"
+
+
+def miscounts(x: torch.Tensor, adapter_names: Sequence[str] | None) -> bool:
+    """Whether PEFT is going to refuse adapter_names: x has another number of rows."""
+    return adapter_names is not None and (x.dim() < 2 or len(adapter_names) != len(x))
+
+
 class FusedLinear(lora.Linear):
-    """`lora.Linear` over a dense `nn.Linear` or a transformers' `Conv1D`, in one fused op."""
+    """`lora.Linear` over a dense `nn.Linear` or a `Conv1D`, under one adapter or several."""
 
     stock_class = lora.Linear
     method = "LoRA"
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., K] -> [..., N], as `lora.Linear.forward`."""
-        if args or kwargs:  # adapter_names, alora_offsets
+        names = kwargs.get("adapter_names")
+        if args or len(kwargs) > (names is not None):  # alora_offsets
             return super().forward(x, *args, **kwargs)
-        adapter = self._fused_adapter()
-        if isinstance(adapter, str) or call_reason(x) is not None:
-            return super().forward(x)
+        adapter = self._fused_adapter(names)
+        if isinstance(adapter, str) or call_reason(x) is not None or miscounts(x, names):
+            return super().forward(x, **kwargs)
         base: Any = self._modules["base_layer"]
         weight = base._parameters["weight"]
         if type(base) is Conv1D:  # stored [K, N]
@@ -136,12 +204,12 @@ class FusedLinear(lora.Linear):
         if (x.dtype != dtype and not castable) or not (
             self.cast_input_dtype_enabled or x.dtype == adapter.lora_A.dtype
         ):
-            return super().forward(x)
+            return super().forward(x, **kwargs)
         if no_kernel(adapter.op, device, dtype, weight.dtype):
-            return super().forward(x)
+            return super().forward(x, **kwargs)
         return fused_linear(x.to(dtype), weight, bias, adapter)
 
-    def _fused_adapter(self) -> Adapter | str:
+    def _fused_adapter(self, names: Sequence[str] | None = None) -> Adapter | Several | str:
         base: Any = self._modules["base_layer"]
         kind = Conv1D if type(base) is Conv1D else nn.Linear
         reason = linear_reason(base, "base_layer", kind)
@@ -149,7 +217,7 @@ class FusedLinear(lora.Linear):
             return reason
         if base._parameters["weight"].requires_grad:
             return "the base weight is trained"
-        return active_adapter(self)
+        return active_adapter(self, names)
 
     def fused_reason(self) -> str | None:
         """Why the layer, in its present state, runs PEFT's forward; None where it is fused."""
@@ -161,8 +229,7 @@ class FusedLinear(lora.Linear):
     def fused_carrier(self) -> tuple[str, str | None]:
         """(backend, reason against it) for an input of the weight's dtype and device."""
         weight = self.weight
-        op = "lora_linear" if self.present_method == self.method else "dora_linear"
-        return carrier(op, weight.device.type, weight.dtype, weight.dtype)
+        return carrier(present_op(self), weight.device.type, weight.dtype, weight.dtype)
 
     @property
     def present_method(self) -> str:
@@ -171,9 +238,22 @@ class FusedLinear(lora.Linear):
 
 
 def fused_linear(
-    x: torch.Tensor, weight: Any, bias: torch.Tensor | None, adapter: Adapter
+    x: torch.Tensor, weight: Any, bias: torch.Tensor | None, adapter: Adapter | Several
 ) -> torch.Tensor:
-    """`ops.lora_linear` or `ops.dora_linear` with the arguments of an adapter."""
+    """`ops.lora_linear`, `dora_linear` or `multi_lora_linear` with an adapter's arguments."""
+    if isinstance(adapter, Several):
+        lora_A, lora_B, lora_bias, scaling, dropout_p, _ = zip(*adapter.adapters, strict=True)
+        return ops.multi_lora_linear(
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            scaling,
+            adapter_of=adapter.adapter_of,
+            bias=bias,
+            lora_bias=lora_bias,
+            dropout_p=dropout_p,
+        )
     if adapter.magnitude is not None:
         return ops.dora_linear(
             x,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,13 +11,21 @@ from torch import nn
 
 from fusetune.integrations._guards import call_reason, carrier, module_reason, no_kernel
 from fusetune.integrations.bitsandbytes import Linear4bit, dtype_fits
-from fusetune.integrations.peft import Adapter, active_adapter, fused_linear, present_method
+from fusetune.integrations.peft import (
+    Adapter,
+    Several,
+    active_adapter,
+    fused_linear,
+    miscounts,
+    present_method,
+    present_op,
+)
 
 
 class FusedLinear4bit(PeftLinear4bit):
     """`lora.bnb.Linear4bit` in one fused op.
 
-    Where the adapter cannot be fused (several adapters, another variant, ...) PEFT's forward runs,
+    Where the adapters cannot be fused (another variant, hooks, ...) PEFT's forward runs,
     with the fused 4-bit matmul of the base layer.
     """
 
@@ -25,11 +34,12 @@ class FusedLinear4bit(PeftLinear4bit):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., K] -> [..., N], as `lora.bnb.Linear4bit.forward`."""
-        if args or kwargs:  # adapter_names, alora_offsets
+        names = kwargs.get("adapter_names")
+        if args or len(kwargs) > (names is not None):  # alora_offsets
             return super().forward(x, *args, **kwargs)
-        adapter = self._fused_adapter()
-        if isinstance(adapter, str) or call_reason(x) is not None:
-            return super().forward(x)
+        adapter = self._fused_adapter(names)
+        if isinstance(adapter, str) or call_reason(x) is not None or miscounts(x, names):
+            return super().forward(x, **kwargs)
         base: Any = self._modules["base_layer"]
         weight = base.fused_weight()
         device = x.device.type
@@ -40,12 +50,12 @@ class FusedLinear4bit(PeftLinear4bit):
             or no_kernel(adapter.op, device, x.dtype)
             or (adapter.magnitude is not None and widens(x))
         ):
-            return super().forward(x)
+            return super().forward(x, **kwargs)
         return fused_linear(x, weight, base._parameters.get("bias"), adapter)
 
-    def _fused_adapter(self) -> Adapter | str:
+    def _fused_adapter(self, names: Sequence[str] | None = None) -> Adapter | Several | str:
         base: Any = self._modules["base_layer"]
-        return module_reason(base, "base_layer", Linear4bit) or active_adapter(self)
+        return module_reason(base, "base_layer", Linear4bit) or active_adapter(self, names)
 
     def fused_reason(self) -> str | None:
         """Why the layer, in its present state, runs PEFT's forward; None where it is fused."""
@@ -58,8 +68,7 @@ class FusedLinear4bit(PeftLinear4bit):
 
     def fused_carrier(self) -> tuple[str, str | None]:
         """(backend, reason against it) for an fp32 input on the weight's device."""
-        op = "lora_linear" if self.present_method == self.method else "dora_linear"
-        return carrier(op, self.weight.device.type, torch.float32)
+        return carrier(present_op(self), self.weight.device.type, torch.float32)
 
     @property
     def present_method(self) -> str:

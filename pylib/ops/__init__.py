@@ -27,6 +27,7 @@ from fusetune.ops.lora_grouped_linear import lora_grouped_linear
 from fusetune.ops.lora_linear import lora_linear
 from fusetune.ops.lora_up import lora_up
 from fusetune.ops.merge_lora import merge_lora
+from fusetune.ops.multi_lora_linear import multi_lora_linear
 from fusetune.ops.prefix_attention import prefix_attention
 from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 from fusetune.ops.quantize_4bit import quantize_4bit
@@ -54,6 +55,7 @@ __all__ = [
     "lora_linear",
     "lora_up",
     "merge_lora",
+    "multi_lora_linear",
     "prefix_attention",
     "prompt_embed",
     "quantize_4bit",

@@ -16,13 +16,13 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def new_seed(device: torch.device) -> torch.Tensor:
-    """A seed, int64 [1], from torch's default generator of `device`.
+def new_seed(device: torch.device, count: int = 1) -> torch.Tensor:
+    """A seed, int64 [1], or several, from torch's default generator of `device`.
 
     Being drawn there it obeys torch.manual_seed, and gradient checkpointing, which restores the
     generator before it recomputes a layer, draws it again.
     """
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=device)
 
 
 def threshold_and_scale(p: float) -> tuple[int, float]:

@@ -263,6 +263,7 @@ CrossEntropyResults check_cross_entropy(const Kernels& kernels) {
 }
 
 #include "kernel_check_adapters.h"
+#include "kernel_check_multi_lora.h"
 #include "kernel_check_prefix.h"
 #include "kernel_check_prompt.h"
 #include "kernel_check_swiglu.h"
@@ -280,6 +281,13 @@ int check_table(const Kernels& kernels) {
   report("lora_ds_db: dB", lora.dB);
   report("lora_da", lora.dA);
   report("dropout", lora.dropout);
+  const MultiLoraResults multi = check_multi_lora(kernels);
+  report("multi_lora_shrink", multi.s);
+  report("multi_lora_expand: y", multi.y);
+  report("multi_lora_expand: dx", multi.dx);
+  report("multi_lora_ds_db: ds", multi.ds);
+  report("multi_lora_ds_db: dB", multi.dB);
+  report("multi_lora_da", multi.dA);
   report("dora_norm", check_dora_norm(kernels));
   const CrossEntropyResults ce = check_cross_entropy(kernels);
   report("cross_entropy", ce.forward);

@@ -21,6 +21,7 @@ COUNTED = (
     "lora_grouped_linear",
     "lora_linear",
     "lora_up",
+    "multi_lora_linear",
     "swiglu",
 )
 

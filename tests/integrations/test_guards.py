@@ -132,8 +132,21 @@ def merged(model):
     model.base_model.merge_adapter()
 
 
-def two_active_adapters(model):
+def a_dora_beside_another(model):
+    dora(model)
+    model.base_model.set_adapter([NAME, "second"])
+
+
+def adapters_of_two_dtypes(model):
     add_second(model)
+    layer(model).lora_A["second"].bfloat16()
+    layer(model).lora_B["second"].bfloat16()
+    model.base_model.set_adapter([NAME, "second"])
+
+
+def hook_on_one_of_two(model):
+    add_second(model)
+    layer(model).lora_B["second"].register_forward_hook(double_output)
     model.base_model.set_adapter([NAME, "second"])
 
 
@@ -195,7 +208,9 @@ BOTH = [
     (float64_adapter, "lora_A is torch.float64"),
     (disabled, "adapters are disabled"),
     (merged, "the adapter is merged"),
-    (two_active_adapters, "2 active adapters"),
+    (a_dora_beside_another, "2 adapters, and second is a DoRA"),
+    (adapters_of_two_dtypes, "2 adapters of different dtypes"),
+    (hook_on_one_of_two, "2 adapters, and of second: lora_B has hooks"),
     (adapter_of_other_layers, "no active adapter"),
     (another_variant, "Variant is not fused"),
     (hook_on_magnitude, "lora_magnitude_vector has hooks"),
@@ -273,7 +288,7 @@ def test_mixed_batch(four_bit, calls):
     names = {"adapter_names": [NAME, "second", "__base__"]}
     expected = stock.get_submodule(PATH)(x, **names)
     torch.testing.assert_close(fused.get_submodule(PATH)(x, **names), expected)
-    assert "lora_linear" not in calls
+    assert calls == ["multi_lora_linear"]
     stock.eval(), fused.eval()
     ids = torch.randint(1, tiny_models.VOCABULARY, (3, 5))
     with torch.no_grad():
