@@ -44,16 +44,11 @@ _BOUND = {
 def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
     """Fuses what can be fused of a model, in place, and reports on every layer concerned.
 
-        Covers PEFT's LoRA on dense and on bitsandbytes' 4-bit linear layers, 4-bit layers without an
-    adapter, PEFT's prefix tuning, the activation of transformers' gated MLPs with SiLU, on CPUs the
-    other linear layers that are frozen and fp32, and, with `loss`, transformers' language-model
-    losses. Call it once the adapters are in place; another call covers what was added since and
-    changes nothing else.
-        Covers PEFT's LoRA on dense and on bitsandbytes' 4-bit linear layers, on token embeddings,
-    convolutions and transformers' experts, 4-bit layers without an adapter, PEFT's prefix tuning,
-    the activation of transformers' gated MLPs with SiLU, and, with `loss`, transformers'
-    language-model losses. Call it once the adapters are in place; another call covers what was
-    added since and changes nothing else.
+    Covers PEFT's LoRA on dense and on bitsandbytes' 4-bit linear layers, on token embeddings,
+    convolutions and transformers' experts, PEFT's prefix tuning, 4-bit layers without an adapter,
+    the activation of transformers' gated MLPs, on CPUs their norms and the other linear layers that
+    are frozen and fp32, and, with `loss`, transformers' language-model losses. Call it once the
+    adapters are in place; another call covers what was added since and changes nothing else.
 
     A 4-bit weight that bitsandbytes has repacked for its CPU kernel gets its plain layout back.
     What a layer cannot do exactly runs its library's own code, and the report says why. Raises
