@@ -24,6 +24,8 @@ _LAYERS = {
     "peft": ("peft",),
     "bitsandbytes": ("bitsandbytes",),
     "peft_bnb": ("peft", "bitsandbytes"),
+    "peft_ia3": ("peft",),
+    "peft_ia3_bnb": ("peft", "bitsandbytes"),
     "peft_prompts": ("peft",),
     "transformers_mlp": ("transformers",),
 }
@@ -39,7 +41,7 @@ def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
     """Fuses what can be fused of a model, in place, and reports on every layer concerned.
 
     Covers PEFT's LoRA on dense and on bitsandbytes' 4-bit linear layers, 4-bit layers without an
-    adapter, PEFT's prefix tuning, the activation of transformers' gated MLPs with SiLU, and, with
+    adapter, PEFT's IA3 on both, PEFT's prefix tuning, the activation of transformers' gated MLPs with SiLU, and, with
     `loss`, transformers' language-model losses. Call it once the adapters are in place; another
     call covers what was added since and changes nothing else.
 
@@ -177,7 +179,7 @@ def _own_adapter(name: str, module: nn.Module) -> Row | None:
     """The row of one of fusetune's own adapters, which call their ops by themselves."""
     if "fusetune.methods" not in sys.modules:
         return None
-    for method in ("bottleneck", "prompts"):
+    for method in ("bottleneck", "prompts", "bitfit"):
         report = importlib.import_module(f"fusetune.methods.{method}.report")
         carried = report.carrier(module)
         if carried is not None:
@@ -226,6 +228,8 @@ def _rows(model: nn.Module) -> list[Row]:
 def _row(name: str, module: Any, fused_classes: set[type[Any]]) -> Row | None:
     """The row of a module that fuse knows; None for any other."""
     kind: Any = type(module)
+    if getattr(_swaps().get(kind, kind), "method", "") is None:  # what it does, its layers' rows say
+        return None
     if kind in fused_classes:
         reason = module.fused_reason()
         return Row(

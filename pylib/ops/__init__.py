@@ -20,6 +20,7 @@ from fusetune.ops.cross_entropy import cross_entropy
 from fusetune.ops.dequantize_4bit import dequantize_4bit
 from fusetune.ops.dora_linear import dora_linear
 from fusetune.ops.dora_norm import dora_norm
+from fusetune.ops.ia3_linear import ia3_linear
 from fusetune.ops.linear_4bit import linear_4bit
 from fusetune.ops.lora_linear import lora_linear
 from fusetune.ops.merge_lora import merge_lora
@@ -41,6 +42,7 @@ __all__ = [
     "dora_norm",
     "extend_labels",
     "extend_mask",
+    "ia3_linear",
     "linear_4bit",
     "lora_linear",
     "merge_lora",

@@ -134,6 +134,17 @@ def dx(
     return _kernel_dx(dy, with_contiguous_rows(weight), n, ds, a, dropout)
 
 
+def base_dx(dy: Tensor, weight: Weight) -> Tensor:
+    """dy W, in dy's dtype."""
+    if isinstance(weight, Tensor) and torch_multiplies(dy, weight):
+        return dy @ weight
+    (m, n), k = dy.shape, weight.shape[1]
+    result = _cpu.empty(m, k, dtype=dy.dtype)
+    dense = _cpu.weight(with_contiguous_rows(weight))
+    _cpu.kernels().linear_dx(_cpu.matrix(dy), m, n, k, *dense, None, None, _cpu.matrix(result))
+    return result
+
+
 def _kernel_dx(
     dy: Tensor,
     weight: Weight,

@@ -40,6 +40,7 @@ def calls(monkeypatch):
 
         return count
 
-    for name in ("lora_linear", "dora_linear", "linear_4bit", "cross_entropy", "swiglu"):
+    counted = ("lora_linear", "dora_linear", "ia3_linear", "linear_4bit", "cross_entropy", "swiglu")
+    for name in counted:
         monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
     return names
