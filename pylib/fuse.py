@@ -40,10 +40,10 @@ _BOUND = {
 def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
     """Fuses what can be fused of a model, in place, and reports on every layer concerned.
 
-    Covers PEFT's LoRA on dense and on bitsandbytes' 4-bit linear layers, 4-bit layers without an
-    adapter, PEFT's IA3 on both, PEFT's prefix tuning, the activation of transformers' gated MLPs with SiLU, and, with
-    `loss`, transformers' language-model losses. Call it once the adapters are in place; another
-    call covers what was added since and changes nothing else.
+    Covers PEFT's LoRA and IA3 on dense and on bitsandbytes' 4-bit linear layers, 4-bit layers
+    without an adapter, PEFT's prefix tuning, the activation of transformers' gated MLPs with SiLU,
+    and, with `loss`, transformers' language-model losses. Call it once the adapters are in place;
+    another call covers what was added since and changes nothing else.
 
     A 4-bit weight that bitsandbytes has repacked for its CPU kernel gets its plain layout back.
     What a layer cannot do exactly runs its library's own code, and the report says why. Raises
@@ -228,7 +228,7 @@ def _rows(model: nn.Module) -> list[Row]:
 def _row(name: str, module: Any, fused_classes: set[type[Any]]) -> Row | None:
     """The row of a module that fuse knows; None for any other."""
     kind: Any = type(module)
-    if getattr(_swaps().get(kind, kind), "method", "") is None:  # what it does, its layers' rows say
+    if getattr(_swaps().get(kind, kind), "method", "") is None:  # its layers have rows
         return None
     if kind in fused_classes:
         reason = module.fused_reason()

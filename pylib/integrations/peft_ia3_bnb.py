@@ -53,7 +53,7 @@ class FusedLinear4bit(FusedIA3, PeftLinear4bit):
         return y.to(torch.promote_types(x.dtype, scale)) if autocast else y
 
     def _any_dtype(self) -> torch.dtype:
-        return next(iter(self._modules["ia3_l"].parameters())).dtype
+        return next(iter(self.ia3_l.values())).dtype
 
     def _fused_scale(self) -> Tensor | str:
         base: Any = self._modules["base_layer"]

@@ -27,13 +27,13 @@ def merge_ia3_4bit(model: Any, adapter_names: Sequence[str] | None = None) -> nn
     A 4-bit weight W is decoded, scaled in fp32 and quantised again, in the same format and block
     size, so that the result differs from the scaled weight l W by a rounding to 4 bits:
 
-        |W' - l W| <= g / 2 a + |a' - a|                       of each element
+        |W' - l W| <= g / 2 a + |a' - a|        of each element
 
     with g the widest gap of the code's values (0.304 for NF4, 1/3 for FP4), a the largest |l W| of
     the element's block, and a' = a but for double quantisation, which rounds it to 8 bits. Where
-    the outputs of a layer are scaled (keys, values) and its blocks lie within rows, a positive l
-    leaves every code's value as it is: the first term is 0. A bias of such a layer is scaled exactly.
-    Unmerged, a model is exact: keep the adapter if that matters.
+    the outputs of a layer are scaled (keys, values), its blocks lie within rows and l is positive,
+    every code keeps its value and the first term is 0. The bias of such a layer is scaled too. An
+    adapter that is not merged has no such error: keep it if that matters.
 
     Raises TypeError or ValueError, with nothing changed: for a model without IA3, an unknown
     adapter, a layer in 8 bits or merged already, and a weight that cannot be read.
@@ -53,13 +53,14 @@ def merge_ia3_4bit(model: Any, adapter_names: Sequence[str] | None = None) -> nn
     scaled = [_scaled(layer, names) for layer in layers.values() if _is_4bit(layer)]
     for layer in layers.values():
         if not _is_4bit(layer):
-            layer.merge(adapter_names=names)  # type: ignore[attr-defined]
+            layer.merge(adapter_names=names)
     for base, weight, bias in scaled:
         base.weight = weight
         if bias is not None:
             base.bias.data = bias
     # IA3Model's own refuses a model in 4 bits, even to take its layers out.
-    merged: nn.Module = BaseTuner._unload_and_optionally_merge(tuner, merge=False)
+    unload: Any = BaseTuner._unload_and_optionally_merge
+    merged: nn.Module = unload(tuner, merge=False)
     return merged
 
 

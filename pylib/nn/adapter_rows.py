@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusetune.nn.adapter_names import distinct, places
+from fusetune.nn.adapter_names import BASE, distinct, places
 
 Tensor = torch.Tensor
 ROWS = "_fusetune_rows"  # in an adapter layer: the names, while rows have adapters of their own
@@ -98,7 +98,9 @@ def heads_by_row(model: nn.Module, adapter_names: Sequence[str] | None) -> Itera
         yield
 
 
-def vectors(adapter_names: Sequence[str], known: dict[str, Tensor], base: Tensor, x: Tensor) -> Tensor:
+def vectors(
+    adapter_names: Sequence[str], known: dict[str, Tensor], base: Tensor, x: Tensor
+) -> Tensor:
     """Each row's own vector, [B, 1, ..., F], for x [B, ..., *].
 
     known: vectors [F] by the names of adapters; base: that of rows whose adapter is none of them.
@@ -110,8 +112,8 @@ def vectors(adapter_names: Sequence[str], known: dict[str, Tensor], base: Tensor
         raise ValueError(
             f"adapter_names names {len(adapter_names)} rows, but a layer has {count} of them"
         )
-    names = list(known)
-    chosen = [name if name in known else "__base__" for name in adapter_names]
-    index = torch.tensor([place + 1 for place in places(chosen, names)], device=base.device)
-    rows = torch.stack([base, *known.values()])[index.repeat_interleave(count // len(adapter_names))]
+    chosen = [name if name in known else BASE for name in adapter_names]
+    index = torch.tensor(places(chosen, list(known)), device=base.device) + 1
+    index = index.repeat_interleave(count // len(adapter_names))
+    rows = torch.stack([base, *known.values()])[index]
     return rows.view(count, *[1] * (x.dim() - 2), rows.shape[-1]) if x.dim() > 1 else rows[0]

@@ -7,8 +7,8 @@ kept. Backward, one pass over dy (or over dy W) gives both what goes on and the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import linear
@@ -25,22 +25,15 @@ from fusetune.ops._weight import Weight
 Tensor = torch.Tensor
 
 
-class _Kernels(Protocol):
-    @staticmethod
-    def columns(
-        dy: Tensor, x: Tensor | None, scale: Tensor, out: Tensor | None, need_dbias: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """As `cpu_scale_columns_backward`."""
-        ...
-
-    @staticmethod
-    def base_dx(dy: Tensor, weight: Weight) -> Tensor:
-        """dy W in dy's dtype, memory of its own."""
-        ...
+# As `cpu_scale_columns_backward`.
+Columns = Callable[
+    [Tensor, Tensor | None, Tensor, Tensor | None, bool], tuple[Tensor | None, Tensor | None]
+]
 
 
 def _backward(
-    kernels: _Kernels,
+    columns: Columns,
+    base_dx: Callable[[Tensor, Weight], Tensor],
     dy: Tensor,
     x: Tensor | None,
     weight: Weight,
@@ -57,18 +50,18 @@ def _backward(
     if feedforward:
         total = column_sums(dy) if need_dbias else None
         if need_dx or need_dscale:
-            g = kernels.base_dx(dy, weight)
+            g = base_dx(dy, weight)
             dx = g if need_dx else None
-            dscale, _ = kernels.columns(g, x if need_dscale else None, factor, dx, False)
+            dscale, _ = columns(g, x if need_dscale else None, factor, dx, False)
     else:
         dz = _like(dy) if need_dx else None
         need_total = need_dbias or (need_dscale and bias is not None)
         if need_dx or need_dscale or need_total:
-            dscale, total = kernels.columns(dy, z if need_dscale else None, factor, dz, need_total)
-        if dscale is not None and bias is not None:
+            dscale, total = columns(dy, z if need_dscale else None, factor, dz, need_total)
+        if dscale is not None and bias is not None and total is not None:
             dscale = dscale + bias.detach() * total
         total = total * factor if need_dbias and total is not None else None
-        dx = None if dz is None else kernels.base_dx(dz, weight)
+        dx = None if dz is None else base_dx(dz, weight)
     return (
         dx,
         None if dscale is None else dscale.to(scale.dtype),
@@ -112,11 +105,6 @@ def _cpu_product(rows: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return _cpu.linear(rows, dense, weight.shape[0], added, None, False)
 
 
-class _ByCpu:
-    columns = staticmethod(cpu_scale_columns_backward)
-    base_dx = staticmethod(_lora_linear_cpu.base_dx)
-
-
 # --- GPU ------------------------------------------------------------------------------------------
 
 
@@ -145,18 +133,14 @@ def _times(rows: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mul(rows, factor, out=out)
 
 
-class _ByTriton:
-    base_dx = staticmethod(_gpu_linear.linear_dx)
-
-    @staticmethod
-    def columns(
-        dy: Tensor, x: Tensor | None, scale: Tensor, out: Tensor | None, need_dbias: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        dscale = None if x is None else (dy.float() * x).sum(0)
-        total = column_sums(dy) if need_dbias else None
-        if out is not None:
-            _times(dy, scale, out)
-        return dscale, total
+def _gpu_columns(
+    dy: Tensor, x: Tensor | None, scale: Tensor, out: Tensor | None, need_dbias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    dscale = None if x is None else (dy.float() * x).sum(0)
+    total = column_sums(dy) if need_dbias else None
+    if out is not None:
+        _times(dy, scale, out)
+    return dscale, total
 
 
 _NATIVE = _cpu.supports("linear", "linear_dx", "scale_columns", "scale_columns_backward")
@@ -164,9 +148,9 @@ FORWARD = (
     Impl("triton", _gpu_forward, _triton.supports, 20),
     Impl("cpu", _cpu_forward, _NATIVE, 10),
 )
-_by_triton: Any = partial(_backward, _ByTriton)
-_by_cpu: Any = partial(_backward, _ByCpu)
+_on_gpu = partial(_backward, _gpu_columns, _gpu_linear.linear_dx)
+_on_cpu = partial(_backward, cpu_scale_columns_backward, _lora_linear_cpu.base_dx)
 BACKWARD = (
-    Impl("triton", _by_triton, _triton.supports, 20),
-    Impl("cpu", _by_cpu, _NATIVE, 10),
+    Impl("triton", _on_gpu, _triton.supports, 20),
+    Impl("cpu", _on_cpu, _NATIVE, 10),
 )

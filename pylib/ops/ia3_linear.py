@@ -70,7 +70,8 @@ def _check_arguments(
         _check.check_float("weight", weight)
         if grad and weight.requires_grad:
             raise ValueError("weight requires grad, but it is treated as frozen: detach it")
-    _check.check_device("weight", weight, x)
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device}, x on {x.device}: move one of them")
     _check.check_float("scale", scale)
     _check.check_optional("scale", scale, k if feedforward else n, x)
     _check.check_optional("bias", bias, n, x)
@@ -181,9 +182,7 @@ def _library_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, .
     x, *weight, scale, bias, z = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in _NEED]
     grads: list[Tensor | None] = [None] * (_SCALE + 4)
-    results = _op_backward(
-        dy, x, *weight, *ctx.plain, scale, bias, z, ctx.feedforward, *need
-    )
+    results = _op_backward(dy, x, *weight, *ctx.plain, scale, bias, z, ctx.feedforward, *need)
     for position, result, needed in zip(_NEED, results, need, strict=True):
         grads[position] = result if needed else None
     return tuple(grads)

@@ -1,4 +1,4 @@
-"""A linear layer with IA3's vector l (Liu et al. 2022, arXiv:2205.05638, section 3.3), and gradients.
+"""A linear layer with IA3's vector l (Liu et al. 2022, arXiv:2205.05638, section 3.3).
 
 Keys and values, whose outputs are scaled, with z = x W^T:
 

@@ -33,7 +33,7 @@ class BitFitConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PEFT_TYPE  # type: ignore[assignment]
+        self.peft_type = PEFT_TYPE
         if isinstance(self.subset, str):
             if self.subset not in SUBSETS:
                 raise ValueError(

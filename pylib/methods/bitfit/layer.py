@@ -90,17 +90,18 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         return total
 
     def _own(self) -> Tensor:
-        own: Tensor = self.base_layer._parameters["bias"] if self.bitfit_own is None else self.bitfit_own  # type: ignore[assignment]
-        return own
+        kept = self._buffers["bitfit_own"]
+        return self._present() if kept is None else kept
+
+    def _present(self) -> Tensor:
+        base: Any = self._modules["base_layer"]
+        bias: Tensor = base._parameters["bias"]
+        return bias
 
     def _bias_dim(self) -> int | None:
         """Along which dimension of its result the module adds its bias; None: who knows."""
         base: Any = self._modules["base_layer"]
-        if (
-            base._forward_hooks
-            or "forward" in base.__dict__
-            or torch_module._global_forward_hooks
-        ):
+        if base._forward_hooks or "forward" in base.__dict__ or torch_module._global_forward_hooks:
             return None
         if type(base) in _PLAIN or type(base).__name__ in _QUANTIZED:
             return -1
@@ -114,7 +115,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         dim = self._bias_dim()
         if dim is None:
             raise ValueError(f"adapter_names: {self.stock_reason()}")
-        held = {n: self.bitfit_bias[n] for n in dict.fromkeys(adapter_names) if n in self.bitfit_bias}
+        names = [name for name in dict.fromkeys(adapter_names) if name in self.bitfit_bias]
+        held = {name: self.bitfit_bias[name] for name in names}
         if not held:
             return y
         own = self._own().detach()
@@ -131,23 +133,21 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         names = [name for name in names or () if name in self.bitfit_bias]
         if not names:
             return
-        own = self.base_layer._parameters["bias"]
-        assert own is not None
-        merged = self._sum_of([*self.merged_adapters, *names]).detach().to(own.dtype).clone()
+        present = self._present()
+        merged = self._sum_of([*self.merged_adapters, *names]).detach().to(present.dtype).clone()
         if safe_merge and not merged.isfinite().all():
             raise ValueError(f"NaNs detected in the merged bias. The adapters {names} seem broken")
-        if self.bitfit_own is None:
-            self.bitfit_own = own.data
-        own.data = merged
+        if self._buffers["bitfit_own"] is None:
+            self._buffers["bitfit_own"] = present.data
+        present.data = merged
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Gives the base layer its own bias back, the very one."""
-        if self.bitfit_own is not None:
-            own = self.base_layer._parameters["bias"]
-            assert own is not None
-            own.data = self.bitfit_own
-            self.bitfit_own = None
+        kept = self._buffers["bitfit_own"]
+        if kept is not None:
+            self._present().data = kept
+            self._buffers["bitfit_own"] = None
         self.merged_adapters.clear()
 
     def __repr__(self) -> str:
