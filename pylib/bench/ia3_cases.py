@@ -79,7 +79,8 @@ def peft_layer(weight: Any, dtype: torch.dtype, scale: Tensor, feedforward: bool
     holder: Any = torch.nn.Sequential(base)
     holder.is_loaded_in_4bit = quantized
     config = IA3Config(target_modules=["0"], feedforward_modules=["0"] if feedforward else [])
-    layer: Any = inject_adapter_in_model(config, holder)[0]
+    model: Any = inject_adapter_in_model(config, holder)
+    layer = model[0]
     vector = layer.ia3_l["default"]
     vector.data = scale.detach().clone().view(vector.shape)
     return layer.train()

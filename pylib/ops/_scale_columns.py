@@ -6,10 +6,13 @@ that depends on the shape alone, so that they are the same however many threads 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fusetune.ops import _cpu
-from fusetune.ops._registry import Case, backend, plain
+from fusetune.ops._registry import LIB, Case, backend, plain
+from fusetune.ops._weight import as_rows
 
 Tensor = torch.Tensor
 _supports = _cpu.supports("scale_columns_backward")
@@ -50,26 +53,52 @@ def cpu_scale_columns_backward(
     return dscale, dbias
 
 
-def column_sums(dy: Tensor) -> Tensor:
-    """dy [M, N], rows contiguous, summed to [N] in fp32, float64 for float64."""
-    if _takes(dy):
-        total = cpu_scale_columns_backward(dy, None, None, None, True)[1]
-        assert total is not None
-        return total
-    return dy.sum(0, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32)
-
-
 def summed_by(device: str, dtype: torch.dtype) -> str:
     """The backend of `column_sums`, for reports."""
     kernel = backend() in ("auto", "cpu") and _supports(Case(device, dtype)) is None
     return "cpu" if kernel else "torch"
 
 
-def _takes(dy: Tensor) -> bool:
-    """Whether the kernel sums a gradient: not one that is traced, or differentiated in turn."""
-    return (
-        not torch.compiler.is_compiling()
-        and plain(dy)
-        and not (torch.is_grad_enabled() and dy.requires_grad)
-        and summed_by(dy.device.type, dy.dtype) == "cpu"
-    )
+def column_sums(dy: Tensor) -> Tensor:
+    """dy [M, N], rows contiguous, summed to [N] in fp32, float64 for float64. Differentiable."""
+    traced = torch.compiler.is_compiling() or not plain(dy)
+    if traced or (torch.is_grad_enabled() and dy.requires_grad):
+        total: Tensor = _op(dy)
+        return total
+    return _sum(dy)
+
+
+def _sum(dy: Tensor) -> Tensor:
+    if summed_by(dy.device.type, dy.dtype) == "cpu":
+        total = cpu_scale_columns_backward(as_rows(dy, dy.shape[1]), None, None, None, True)[1]
+        assert total is not None
+        return total
+    return dy.sum(0, dtype=_acc(dy))
+
+
+def _acc(dy: Tensor) -> torch.dtype:
+    return torch.float64 if dy.dtype == torch.float64 else torch.float32
+
+
+# --- torch.library --------------------------------------------------------------------------------
+
+
+def _fake(dy: Tensor) -> Tensor:
+    return dy.new_empty(dy.shape[1], dtype=_acc(dy))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+
+
+def _backward(ctx: Any, dtotal: Tensor) -> Tensor:
+    return dtotal.to(ctx.dtype).expand(ctx.shape)
+
+
+LIB.define("column_sums(Tensor dy) -> Tensor")
+LIB.impl("column_sums", _sum, "CompositeExplicitAutograd")
+torch.library.register_fake("fusetune::column_sums", _fake, lib=LIB)
+torch.library.register_autograd(
+    "fusetune::column_sums", _backward, setup_context=_setup_context, lib=LIB
+)
+_op = torch.ops.fusetune.column_sums.default

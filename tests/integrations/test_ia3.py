@@ -315,9 +315,10 @@ def test_training_by_row(checkpointing):
         torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
 @pytest.mark.parametrize("beams", [1, 2])
-def test_generation_by_row(beams):
-    model, _ = two_adapters()
+def test_generation_by_row(beams, kind):
+    model, _ = two_adapters(kind)
     for parameter in model.parameters():
         parameter.data *= 2  # so that adapters decide
     fusetune.fuse(model)

@@ -175,6 +175,8 @@ def test_on_4bit_layers(dtype, fused):
         rtol=rounding,
         atol=rounding * expected[f"{name}.bias"].abs().max().item(),
     )
+    before = logits(move(model), inputs)
+    assert torch.equal(logits(model.merge_and_unload(), inputs), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -289,8 +291,10 @@ def test_trains_saves_and_loads(family, tmp_path):
     assert file.keys() == {f"{name}.bitfit_bias" for name in layers(model)}
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["peft_type"], config["subset"]) == ("BITFIT", "all")
-    loaded = PeftModel.from_pretrained(base(family)[0], tmp_path).eval()
-    assert torch.equal(logits(loaded, inputs), expected)
+    for low in (True, False):
+        given = {"low_cpu_mem_usage": low}
+        loaded = PeftModel.from_pretrained(base(family)[0], tmp_path, **given).eval()
+        assert torch.equal(logits(loaded, inputs), expected)
     assert not any(p.requires_grad for p in loaded.parameters())
     more = PeftModel.from_pretrained(base(family)[0], tmp_path, is_trainable=True)
     assert gradients(more, inputs).keys() == changed

@@ -17,7 +17,7 @@ from fusetune.ops._weight import flatten
 F32, F16, BF16 = DTYPES
 NAMES = ("x", "scale", "bias")
 PLACES = pytest.mark.parametrize("feedforward", [False, True], ids=["output", "input"])
-SHAPES = ((1, 48, 64), (1, 7, 1), (2, 33, 130), (37, 97, 101), (70, 257, 320), (131, 2100, 9))
+SHAPES = ((1, 7, 1), (2, 33, 130), (37, 97, 101), (131, 2100, 9))
 
 
 def make(m, n, k, feedforward, dtype=F32, kind="nf4", adapter=F32):
@@ -275,6 +275,11 @@ def test_sums_do_not_depend_on_threads():
 
 
 # --- torch.library --------------------------------------------------------------------------------
+
+
+def test_opcheck_of_sums(backend):
+    dy = torch.randn(70, 9, requires_grad=True)
+    torch.library.opcheck(torch.ops.fusetune.column_sums.default, (dy,), atol=1e-5, rtol=0)
 
 
 @PLACES
