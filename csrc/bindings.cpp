@@ -76,6 +76,8 @@ bool has(const std::string& name) {
   if (name == "prefix_attend_backward") return k.prefix_attend_backward;
   if (name == "swiglu") return k.swiglu;
   if (name == "swiglu_backward") return k.swiglu_backward;
+  if (name == "scale_columns") return k.scale_columns;
+  if (name == "scale_columns_backward") return k.scale_columns_backward;
   if (name == "dropout") return k.dropout;
   if (name == "fma_peak") return k.fma_peak;
   throw std::invalid_argument("no kernel is called " + name);
@@ -213,6 +215,25 @@ void bind_swiglu(py::module_& m) {
   });
 }
 
+void bind_scale_columns(py::module_& m) {
+  m.def("scale_columns",
+        [](const MatrixArg& x, int64_t rows, int64_t n, Address scale, Address bias, const MatrixArg& y) {
+          const auto run = built(kernels().scale_columns, "scale_columns");
+          const Matrix in = matrix(x);
+          const MutMatrix out = mut_matrix(y);
+          py::gil_scoped_release no_gil;
+          run(in, rows, n, pointer<float>(scale), pointer<float>(bias), out);
+        });
+  m.def("scale_columns_backward", [](const MatrixArg& dy, const MatrixArg& x, int64_t rows, int64_t n, Address scale,
+                                     const MatrixArg& dx, Address dscale, Address dbias) {
+    const auto run = built(kernels().scale_columns_backward, "scale_columns_backward");
+    const Matrix upper = matrix(dy), in = matrix(x);
+    const MutMatrix out = mut_matrix(dx);
+    py::gil_scoped_release no_gil;
+    run(upper, in, rows, n, pointer<float>(scale), out, pointer<float>(dscale), pointer<float>(dbias));
+  });
+}
+
 void bind_loss(py::module_& m) {
   m.def("cross_entropy", [](const MatrixArg& logits, int64_t rows, int64_t v, Address target, int64_t ignore_index,
                             float smoothing, Address loss, Address lse) {
@@ -249,5 +270,6 @@ PYBIND11_MODULE(_C, m) {
   bind_prefix(m);
   bind_prompts(m);
   bind_swiglu(m);
+  bind_scale_columns(m);
   bind_loss(m);
 }

@@ -32,6 +32,7 @@ _METHODS = (
     "AdapterFusionConfig",
     "Average",
     "BatchSplit",
+    "BitFitConfig",
     "BottleneckConfig",
     "Fuse",
     "MadXConfig",
@@ -49,6 +50,7 @@ _LAZY = {
     **dict.fromkeys(_METHODS, "fusetune.methods"),
     "load_adapterhub": "fusetune.integrations.adapterhub",
     "load_peft_prompts": "fusetune.integrations.prompt_checkpoints",
+    "merge_ia3_4bit": "fusetune.integrations.peft_ia3_merge",
     "save_adapterhub": "fusetune.integrations.adapterhub",
     "save_peft_prompts": "fusetune.integrations.prompt_checkpoints",
 }

@@ -28,6 +28,8 @@ _LAYERS = {
     "peft_conv": ("peft",),
     "peft_embedding": ("peft",),
     "peft_experts": ("peft", "transformers"),
+    "peft_ia3": ("peft",),
+    "peft_ia3_bnb": ("peft", "bitsandbytes"),
     "peft_lora_model": ("peft",),
     "peft_prompts": ("peft",),
     "transformers_mlp": ("transformers",),
@@ -44,11 +46,12 @@ _BOUND = {
 def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
     """Fuses what can be fused of a model, in place, and reports on every layer concerned.
 
-    Covers PEFT's LoRA on dense and on bitsandbytes' 4-bit linear layers, on token embeddings,
-    convolutions and transformers' experts, PEFT's prefix tuning, 4-bit layers without an adapter,
-    the activation of transformers' gated MLPs, on CPUs their norms and the other linear layers that
-    are frozen and fp32, and, with `loss`, transformers' language-model losses. Call it once the
-    adapters are in place; another call covers what was added since and changes nothing else.
+    Covers PEFT's LoRA and IA3 on dense and on bitsandbytes' 4-bit linear layers, LoRA on token
+    embeddings, convolutions and transformers' experts, PEFT's prefix tuning, 4-bit layers without
+    an adapter, the activation of transformers' gated MLPs, on CPUs their norms and the other linear
+    layers that are frozen and fp32, and, with `loss`, transformers' language-model losses. Call it
+    once the adapters are in place; another call covers what was added since and changes nothing
+    else.
 
     A 4-bit weight that bitsandbytes has repacked for its CPU kernel gets its plain layout back.
     What a layer cannot do exactly runs its library's own code, and the report says why. Raises
@@ -186,7 +189,7 @@ def _own_adapter(name: str, module: nn.Module) -> Row | None:
     """The row of one of fusetune's own adapters, which call their ops by themselves."""
     if "fusetune.methods" not in sys.modules:
         return None
-    for method in ("bottleneck", "prompts"):
+    for method in ("bottleneck", "prompts", "bitfit"):
         report = importlib.import_module(f"fusetune.methods.{method}.report")
         carried = report.carrier(module)
         if carried is not None:
@@ -235,7 +238,7 @@ def _rows(model: nn.Module) -> list[Row]:
 def _row(name: str, module: Any, fused_classes: set[type[Any]]) -> Row | None:
     """The row of a module that fuse knows; None for any other, and for one without a row."""
     kind: Any = type(module)
-    if getattr(kind, "unreported", False):
+    if getattr(_swaps().get(kind, kind), "method", "") is None:  # its layers have rows
         return None
     if kind in fused_classes:
         reason = module.fused_reason()
@@ -243,7 +246,7 @@ def _row(name: str, module: Any, fused_classes: set[type[Any]]) -> Row | None:
             name, getattr(module, "present_method", kind.method), module.fused_carrier()[0], reason
         )
     fused_class = _target(module, _swaps())
-    if fused_class is not None and not getattr(fused_class, "unreported", False):
+    if fused_class is not None:
         own = _has_own_forward(module)
         reason = "it has a forward of its own" if own else "not fused: call fuse()"
         return Row(name, fused_class.method, "-", reason)

@@ -25,6 +25,7 @@ from fusetune.bench import gpu_cases, lora_layer_cases, prefix_cases, prompt_cas
 from fusetune.bench.bottleneck_cases import bottleneck
 from fusetune.bench.dora_cases import dora_linear
 from fusetune.bench.fusion_cases import adapter_fusion
+from fusetune.bench.ia3_cases import bias_gradient, ia3_linear
 from fusetune.bench.multi_lora_cases import multi_lora_linear
 from fusetune.bench.swiglu_cases import swiglu
 from fusetune.bench.timing import Case, relative_error, seeded
@@ -125,6 +126,7 @@ def small_cases() -> Iterator[Case]:
         yield make.dequantize_4bit(N, K, dtype, double_quant=True)
         yield make.cross_entropy(M, N, dtype)
         yield swiglu(M, N, dtype)
+        yield bias_gradient(2 * M, N, dtype)
         yield bottleneck(M, N, 20, dtype, activation="gelu")
         yield bottleneck(M, N, 20, dtype, dropout=0.3, rows=[M - 20, 0, 20])
         yield adapter_fusion(M, 5, N, dtype, train=True, dropout=0.3)
@@ -141,6 +143,8 @@ def small_cases() -> Iterator[Case]:
             yield make.lora_linear(M, N, K, dtype, rank=5, dropout=0.3, dense=dense, train=True)
             for p in (0.0, 0.3):
                 yield dora_linear(M, N, K, dtype, rank=5, dropout=p, dense=dense)
+            for feedforward in (False, True):
+                yield ia3_linear(2 * M, N, K, dtype, feedforward=feedforward, dense=dense)
     yield make.linear_4bit(1, N, K, torch.float32, int16=True)
 
 

@@ -45,6 +45,8 @@ Function<decltype(Kernels::prefix_attend)> prefix_attend;
 Function<decltype(Kernels::prefix_attend_backward)> prefix_attend_backward;
 Function<decltype(Kernels::swiglu)> swiglu;
 Function<decltype(Kernels::swiglu_backward)> swiglu_backward;
+Function<decltype(Kernels::scale_columns)> scale_columns;
+Function<decltype(Kernels::scale_columns_backward)> scale_columns_backward;
 Function<decltype(Kernels::dropout)> dropout;
 Function<decltype(Kernels::fma_peak)> fma_peak;
 

@@ -242,6 +242,13 @@ struct Kernels {
   // dgate and dup, null where not needed; either may be dy, gate or up itself.
   void (*swiglu_backward)(const Matrix& dy, const Matrix& gate, const Matrix& up, int64_t m, int64_t n,
                           const MutMatrix& dgate, const MutMatrix& dup);
+  // y = scale [N] * x + bias [N], both [M, N] and of one dtype; y may be x. bias: or null.
+  void (*scale_columns)(const Matrix& x, int64_t m, int64_t n, const float* scale, const float* bias,
+                        const MutMatrix& y);
+  // dx = scale * dy, which may be dy itself; dscale [N] and dbias [N]: the sums over rows of dy * x and of dy. Null for
+  // those that are not needed; x is read for dscale only, and scale for dx.
+  void (*scale_columns_backward)(const Matrix& dy, const Matrix& x, int64_t m, int64_t n, const float* scale,
+                                 const MutMatrix& dx, float* dscale, float* dbias);
   // out [M, K] = x [M, K] with the dropout of `dropout` applied (for tests).
   void (*dropout)(const Matrix& x, int64_t m, int64_t k, const Dropout& dropout, const MutMatrix& out);
   // fp32 FMA peak of the calling core in GF/s, measured for about `seconds`: what benchmarks divide by.

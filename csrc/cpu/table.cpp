@@ -42,6 +42,8 @@ const Kernels table = {
     /*prefix_attend_backward=*/prefix_attend_backward,
     /*swiglu=*/swiglu,
     /*swiglu_backward=*/swiglu_backward,
+    /*scale_columns=*/scale_columns,
+    /*scale_columns_backward=*/scale_columns_backward,
     /*dropout=*/dropout,
     /*fma_peak=*/fma_peak,
 };

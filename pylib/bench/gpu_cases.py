@@ -20,6 +20,7 @@ from .bottleneck_cases import bottleneck
 from .cases import EXACT, NAMES, quantized
 from .dora_cases import dora_linear
 from .fusion_cases import adapter_fusion
+from .ia3_cases import ia3_linear
 from .prefix_cases import prefix_attention
 from .prompt_cases import prompt_embed
 from .timing import Case
@@ -36,6 +37,7 @@ def triton_cases() -> Iterator[Case]:
         yield dora_norm(50, 328, dtype, rank=5)
         yield dora_linear(37, 40, 104, dtype, rank=5, dropout=0.0, dense=False)
         yield dora_linear(9, 40, 104, dtype, rank=5, dropout=0.3, dense=False)
+        yield ia3_linear(9, 40, 104, dtype, feedforward=False, dense=False)
         yield linear(9, 40, 72, dtype, "triton")
         yield lora(70, 72, 200, dtype, "triton", dropout=0.3)
         yield lora(19, 40, 104, dtype, "addmm", rank=20, dropout=0.3)

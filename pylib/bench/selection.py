@@ -17,6 +17,7 @@ from .cases import (
 )
 from .dora_cases import dora_linear_cases
 from .fusion_cases import adapter_fusion_cases
+from .ia3_cases import ia3_linear_cases, trained_bias_cases
 from .lora_layer_cases import (
     lora_embedding_cases,
     lora_grouped_linear_cases,
@@ -105,4 +106,6 @@ OPS: dict[str, Callable[[bool, int, int], Iterator[Case]]] = {
     "prefix_attention": prefix_attention_cases,
     "prompt_embed": prompt_embed_cases,
     "swiglu": swiglu_cases,
+    "ia3_linear": ia3_linear_cases,
+    "trained_bias": trained_bias_cases,
 }

@@ -6,9 +6,8 @@ the positions hide that from them.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,6 @@ import peft
 import torch
 from peft.tuners.prefix_tuning import PrefixEncoder
 from peft.tuners.prompt_tuning import PromptEmbedding
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from fusetune.nn.adapter_names import BASE, distinct, places
@@ -127,18 +125,3 @@ def _uneven_reason(model: Any, base: Any) -> str | None:
 def _counts_from_padding(name: str, module: nn.Module) -> bool:
     """Positions of RoBERTa and its kin begin after the padding's."""
     return name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-
-
-@contextlib.contextmanager
-def heads_by_row(model: Any, adapter_names: Sequence[str] | None) -> Iterator[None]:
-    """Lets each row of a batch have its own adapter's `modules_to_save`, such as the classifier."""
-
-    def name_rows(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "adapter_names": list(adapter_names or ())}
-
-    heads = [m for m in model.base_model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    with contextlib.ExitStack() as stack:
-        for head in heads if adapter_names is not None else ():
-            handle = head.register_forward_pre_hook(name_rows, with_kwargs=True)
-            stack.callback(handle.remove)
-        yield

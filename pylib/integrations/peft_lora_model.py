@@ -26,7 +26,7 @@ class FusedLoraModel(LoraModel):
     """`LoraModel` that takes adapter_names in training; its layers have rows of their own."""
 
     stock_class = LoraModel
-    unreported = True
+    method = None  # its layers have rows
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -20,8 +20,9 @@ from peft.tuners.p_tuning import PromptEncoder
 from peft.tuners.prompt_tuning import PromptEmbedding
 
 from fusetune.integrations._guards import call_reason
-from fusetune.integrations._prompt_rows import Prompts, heads_by_row, positions_of, prompts_of
+from fusetune.integrations._prompt_rows import Prompts, positions_of, prompts_of
 from fusetune.nn import _token_embedding, cache_argument
+from fusetune.nn.adapter_rows import heads_by_row
 from fusetune.ops._registry import OPS
 from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 

@@ -4,6 +4,7 @@ Importing this registers them with PEFT.
 """
 
 from fusetune.methods import _peft
+from fusetune.methods.bitfit.config import BitFitConfig
 from fusetune.methods.bottleneck.architectures import (
     Architecture,
     Layers,
@@ -33,6 +34,7 @@ __all__ = [
     "Architecture",
     "Average",
     "BatchSplit",
+    "BitFitConfig",
     "BottleneckConfig",
     "Fuse",
     "Layers",

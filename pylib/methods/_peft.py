@@ -10,6 +10,9 @@ from typing import Any
 from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner
 
+from fusetune.methods.bitfit.config import PEFT_TYPE as BITFIT
+from fusetune.methods.bitfit.config import BitFitConfig
+from fusetune.methods.bitfit.model import BitFitModel
 from fusetune.methods.bottleneck.config import PEFT_TYPE, AdapterConfig
 from fusetune.methods.bottleneck.model import BottleneckModel
 from fusetune.methods.prompts.config import PEFT_TYPE as PROMPTS
@@ -25,6 +28,7 @@ def register() -> None:
     methods = (
         (PEFT_TYPE, AdapterConfig, BottleneckModel),
         (PROMPTS, PromptConfig, PromptModel),
+        (BITFIT, BitFitConfig, BitFitModel),
     )
     for name, config, tuner in methods:
         tables.PEFT_TYPE_TO_CONFIG_MAPPING[name] = config

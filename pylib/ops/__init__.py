@@ -20,6 +20,7 @@ from fusetune.ops.cross_entropy import cross_entropy
 from fusetune.ops.dequantize_4bit import dequantize_4bit
 from fusetune.ops.dora_linear import dora_linear
 from fusetune.ops.dora_norm import dora_norm
+from fusetune.ops.ia3_linear import ia3_linear
 from fusetune.ops.linear import linear
 from fusetune.ops.linear_4bit import linear_4bit
 from fusetune.ops.lora_embedding import lora_embedding
@@ -48,6 +49,7 @@ __all__ = [
     "empty_cache",
     "extend_labels",
     "extend_mask",
+    "ia3_linear",
     "linear",
     "linear_4bit",
     "lora_embedding",

@@ -183,13 +183,7 @@ class _ByCpu:
 
     @staticmethod
     def base_dx(dy: Tensor, weight: Weight) -> Tensor:
-        if isinstance(weight, Tensor) and _lora_linear_cpu.torch_multiplies(dy, weight):
-            return dy @ weight
-        (m, n), k = dy.shape, weight.shape[1]
-        dx = _cpu.empty(m, k, dtype=dy.dtype)
-        dense = _cpu.weight(_lora_linear_cpu.with_contiguous_rows(weight))
-        _cpu.kernels().linear_dx(_cpu.matrix(dy), m, n, k, *dense, None, None, _cpu.matrix(dx))
-        return dx
+        return _lora_linear_cpu.base_dx(dy, weight)
 
     @staticmethod
     def keep(rows: Tensor, p: float, seed: Tensor) -> Tensor:

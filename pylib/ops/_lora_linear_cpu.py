@@ -182,6 +182,17 @@ def _dx_of_transposed(
     return dx.add_(_kernel_dx(ds, stored, 0, ds, a, dropout))
 
 
+def base_dx(dy: Tensor, weight: Weight) -> Tensor:
+    """dy W, in dy's dtype."""
+    if isinstance(weight, Tensor) and torch_multiplies(dy, weight):
+        return dy @ weight
+    (m, n), k = dy.shape, weight.shape[1]
+    result = _cpu.empty(m, k, dtype=dy.dtype)
+    dense = _cpu.weight(with_contiguous_rows(weight))
+    _cpu.kernels().linear_dx(_cpu.matrix(dy), m, n, k, *dense, None, None, _cpu.matrix(result))
+    return result
+
+
 def _kernel_dx(
     dy: Tensor,
     weight: Weight,

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import linear
 
 from fusetune.ops import _cpu
-from fusetune.ops._lora_linear_cpu import torch_multiplies, with_contiguous_rows
+from fusetune.ops._lora_linear_cpu import base_dx, torch_multiplies, with_contiguous_rows
 from fusetune.ops._registry import Impl
 from fusetune.ops._weight import Weight
 from fusetune.reference.dropout import threshold_and_scale
@@ -146,7 +146,7 @@ def _backward(
         c.multi_lora_da(_cpu.matrix(x), k, adapters)
     dx = None
     if need_dx:
-        dx = _base_dx(dy, weight)
+        dx = base_dx(dy, weight)
         c.multi_lora_expand(_cpu.matrix(dx), m, k, adapters, True)
     return dx, _as(dA, lora_A), _as(dB, lora_B)
 
@@ -160,16 +160,6 @@ def _as(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Te
         None if grad is None else grad.to(parameter.dtype)
         for grad, parameter in zip(grads, parameters, strict=True)
     ]
-
-
-def _base_dx(dy: Tensor, weight: Weight) -> Tensor:
-    if isinstance(weight, Tensor) and torch_multiplies(dy, weight):
-        return dy @ weight
-    (m, n), k = dy.shape, weight.shape[1]
-    dx = _cpu.empty(m, k, dtype=dy.dtype)
-    arguments = (*_cpu.weight(with_contiguous_rows(weight)), None, None)
-    _cpu.kernels().linear_dx(_cpu.matrix(dy), m, n, k, *arguments, _cpu.matrix(dx))
-    return dx
 
 
 CPU_FORWARD = Impl(

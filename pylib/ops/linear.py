@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fusetune.ops import _check, _cpu
-from fusetune.ops._lora_linear_cpu import torch_multiplies, with_contiguous_rows
+from fusetune.ops._lora_linear_cpu import base_dx, torch_multiplies, with_contiguous_rows
 from fusetune.ops._registry import LIB, Impl, Op, plain
 from fusetune.ops._weight import as_rows
 from fusetune.ops.linear_4bit import sum_rows
@@ -62,16 +62,6 @@ def _cpu_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _cpu.linear(rows, with_contiguous_rows(weight), weight.shape[0], bias32, None, False)
 
 
-def _cpu_dx(rows: Tensor, weight: Tensor) -> Tensor:
-    if torch_multiplies(rows, weight):
-        return rows @ weight
-    (m, n), k = rows.shape, weight.shape[1]
-    dx = _cpu.empty(m, k, dtype=rows.dtype)
-    described = _cpu.weight(with_contiguous_rows(weight))
-    _cpu.kernels().linear_dx(_cpu.matrix(rows), m, n, k, *described, None, None, _cpu.matrix(dx))
-    return dx
-
-
 OP = Op(
     "linear",
     Impl("cpu", _cpu_linear, _cpu.supports("linear"), 10),
@@ -79,7 +69,7 @@ OP = Op(
 )
 OP_DX = Op(
     "linear_dx",
-    Impl("cpu", _cpu_dx, _cpu.supports("linear_dx"), 10),
+    Impl("cpu", base_dx, _cpu.supports("linear_dx"), 10),
     Impl("reference", reference.linear_dx, lambda case: None, 0),
 )
 

@@ -8,6 +8,7 @@ import torch
 
 from fusetune.ops import _check, _cpu, _cuda, _gpu_linear, _triton
 from fusetune.ops._registry import LIB, Impl, Op, decode_int16, plain
+from fusetune.ops._scale_columns import column_sums
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, as_rows, flatten, unflatten
 from fusetune.quantized_weight import QuantizedWeight
 from fusetune.reference import linear_4bit as reference
@@ -118,8 +119,7 @@ def _dx(dy: torch.Tensor, w: QuantizedWeight) -> torch.Tensor:
 
 def sum_rows(dy: torch.Tensor, like: torch.dtype) -> torch.Tensor:
     """The gradient of a bias: dy [..., N] summed to [N] in at least fp32, then in dtype `like`."""
-    acc = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=acc).to(like)
+    return column_sums(as_rows(dy, dy.shape[-1])).to(like)
 
 
 # --- autograd, eager: without the dispatcher, which costs more than a small matmul ----------------

@@ -266,6 +266,7 @@ CrossEntropyResults check_cross_entropy(const Kernels& kernels) {
 #include "kernel_check_multi_lora.h"
 #include "kernel_check_prefix.h"
 #include "kernel_check_prompt.h"
+#include "kernel_check_scale_columns.h"
 #include "kernel_check_swiglu.h"
 
 int check_table(const Kernels& kernels) {
@@ -320,5 +321,10 @@ int check_table(const Kernels& kernels) {
   report("swiglu", swiglu.y);
   report("swiglu: dgate", swiglu.dgate);
   report("swiglu: dup", swiglu.dup);
+  const ScaleColumnsResults columns = check_scale_columns(kernels);
+  report("scale_columns", columns.y);
+  report("scale_columns_backward: dx", columns.dx);
+  report("scale_columns_backward: dscale", columns.dscale);
+  report("scale_columns_backward: dbias", columns.dbias);
   return report.failures;
 }

@@ -16,6 +16,7 @@ COUNTED = (
     "rms_norm",
     "cross_entropy",
     "dora_linear",
+    "ia3_linear",
     "linear_4bit",
     "lora_embedding",
     "lora_grouped_linear",

@@ -360,12 +360,11 @@ def test_other_peft_layers_are_listed_with_a_reason():
     assert rows["embed_tokens"].fused
     assert rows["q_proj"].fused
 
-    from peft import IA3Config
+    from peft import LoHaConfig
 
     model, _ = tiny_models.llama(1)
-    config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
-    [row] = fusetune.fuse(get_peft_model(model, config)).stock
-    assert (row.method, row.reason) == ("ia3", "ia3.Linear has no fused path")
+    [row] = fusetune.fuse(get_peft_model(model, LoHaConfig(target_modules=["k_proj"]))).stock
+    assert (row.method, row.reason) == ("loha", "loha.Linear has no fused path")
 
 
 def test_report_does_not_keep_the_model_alive():

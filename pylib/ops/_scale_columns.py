@@ -1,0 +1,104 @@
+"""Columns of a matrix times a vector, and the sums over rows that are the gradients of it.
+
+On the native CPU kernel, or by torch on any device. Sums are taken in at least fp32, in an order
+that depends on the shape alone, so that they are the same however many threads take part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusetune.ops import _cpu
+from fusetune.ops._registry import LIB, Case, backend, plain
+from fusetune.ops._weight import as_rows
+
+Tensor = torch.Tensor
+_supports = _cpu.supports("scale_columns_backward")
+
+
+def cpu_scale_columns(
+    x: Tensor, scale: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """scale x + bias, [M, N] as x. scale, bias: fp32 [N], contiguous. out: x itself, or None."""
+    m, n = x.shape
+    y = _cpu.empty(m, n, dtype=x.dtype) if out is None else out
+    added = 0 if bias is None else bias.data_ptr()
+    _cpu.kernels().scale_columns(_cpu.matrix(x), m, n, scale.data_ptr(), added, _cpu.matrix(y))
+    return y
+
+
+def cpu_scale_columns_backward(
+    dy: Tensor, x: Tensor | None, scale: Tensor | None, out: Tensor | None, need_dbias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dscale, dbias), fp32 [N]: sums over rows of dy x, where x is given, and of dy.
+
+    scale dy is written to `out` where it is given; that may be dy itself.
+    """
+    m, n = dy.shape
+    nothing = (0, 0, _cpu.DTYPE_CODES[dy.dtype])
+    dscale = None if x is None else _cpu.empty(n, dtype=torch.float32)
+    dbias = _cpu.empty(n, dtype=torch.float32) if need_dbias else None
+    _cpu.kernels().scale_columns_backward(
+        _cpu.matrix(dy),
+        nothing if x is None else _cpu.matrix(x),
+        m,
+        n,
+        0 if scale is None else scale.data_ptr(),
+        nothing if out is None else _cpu.matrix(out),
+        0 if dscale is None else dscale.data_ptr(),
+        0 if dbias is None else dbias.data_ptr(),
+    )
+    return dscale, dbias
+
+
+def summed_by(device: str, dtype: torch.dtype) -> str:
+    """The backend of `column_sums`, for reports."""
+    kernel = backend() in ("auto", "cpu") and _supports(Case(device, dtype)) is None
+    return "cpu" if kernel else "torch"
+
+
+def column_sums(dy: Tensor) -> Tensor:
+    """dy [M, N], rows contiguous, summed to [N] in fp32, float64 for float64. Differentiable."""
+    traced = torch.compiler.is_compiling() or not plain(dy)
+    if traced or (torch.is_grad_enabled() and dy.requires_grad):
+        total: Tensor = _op(dy)
+        return total
+    return _sum(dy)
+
+
+def _sum(dy: Tensor) -> Tensor:
+    if summed_by(dy.device.type, dy.dtype) == "cpu":
+        total = cpu_scale_columns_backward(as_rows(dy, dy.shape[1]), None, None, None, True)[1]
+        assert total is not None
+        return total
+    return dy.sum(0, dtype=_acc(dy))
+
+
+def _acc(dy: Tensor) -> torch.dtype:
+    return torch.float64 if dy.dtype == torch.float64 else torch.float32
+
+
+# --- torch.library --------------------------------------------------------------------------------
+
+
+def _fake(dy: Tensor) -> Tensor:
+    return dy.new_empty(dy.shape[1], dtype=_acc(dy))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+
+
+def _backward(ctx: Any, dtotal: Tensor) -> Tensor:
+    return dtotal.to(ctx.dtype).expand(ctx.shape)
+
+
+LIB.define("column_sums(Tensor dy) -> Tensor")
+LIB.impl("column_sums", _sum, "CompositeExplicitAutograd")
+torch.library.register_fake("fusetune::column_sums", _fake, lib=LIB)
+torch.library.register_autograd(
+    "fusetune::column_sums", _backward, setup_context=_setup_context, lib=LIB
+)
+_op = torch.ops.fusetune.column_sums.default
