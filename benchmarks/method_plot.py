@@ -7,11 +7,9 @@ from typing import Any
 
 from fusetune.demo.plot import FUSED, STOCK, STYLE
 
-HEIGHT = 0.38  # of a bar; a method has two
-
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Writes the PNG: step time, memory and calls of each method, stock above fused.
+    """Writes the PNG: step time, memory and calls of each method, as shares of stock's.
 
     `found` is what bench_methods writes; a panel has the methods of which its part was measured.
     """
@@ -20,24 +18,32 @@ def draw(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = (
-        ("Time of a step, ms", {n: _times(r) for n, r in found["rows"].items() if "step_s" in r}),
-        ("Memory for it, MiB", _of(found["rows"], "memory_mib")),
-        (
-            "Calls of a layer, both passes",
-            {name: _sums(calls) for name, calls in _of(found["rows"], "calls").items()},
-        ),
-    )
+    rows = found["rows"]
+    panels = {
+        # The ratio of the pairs, not of the medians.
+        "Time of a step": {
+            name: (1 / row["speedup"], _label(row["step_s"], 1000, "ms"))
+            for name, row in rows.items()
+            if "step_s" in row
+        },
+        "Memory for it": {
+            name: _share(row["memory_mib"], "MiB")
+            for name, row in rows.items()
+            if "memory_mib" in row
+        },
+        "Calls of a layer, both passes": {
+            name: _share(_sums(row["calls"]), "") for name, row in rows.items() if "calls" in row
+        },
+    }
     batch, tokens = found["sizes"]
     with plt.rc_context(STYLE):
-        size = (13.5, 1.2 + 0.42 * len(found["rows"]))
+        size = (13.5, 1.2 + 0.28 * len(rows))
         figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
-        for one, (title, values) in zip(axes, panels, strict=True):
-            _pairs(one, values)
-            one.set(title=title)
+        for one, (title, values) in zip(axes, panels.items(), strict=True):
+            one.set(title=title, xlabel="fused, % of stock")
+            _bars(one, values)
         figure.suptitle(
-            f"Methods, stock and fused · {found['cpu']}, {found['threads']} threads · "
-            f"{batch} × {tokens} tokens",
+            f"{found['cpu']}, {found['threads']} threads · {batch} × {tokens} tokens a step",
             fontsize=12,
             x=0.01,
             ha="left",
@@ -46,37 +52,27 @@ def draw(found: dict[str, Any], path: Path) -> None:
         plt.close(figure)
 
 
-def _of(rows: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: row[key] for name, row in rows.items() if key in row}
-
-
-def _times(row: dict[str, Any]) -> dict[str, Any]:
-    """In ms; the ratio is that of pairs, not of the medians."""
-    seconds = {kind: 1000 * value for kind, value in row["step_s"].items()}
-    return {**seconds, "label": f"{row['speedup']:.2f}×"}
-
-
-def _sums(calls: dict[str, Any]) -> dict[str, int]:
+def _sums(calls: dict[str, Any]) -> dict[str, float]:
     return {kind: calls[kind]["forward"] + calls[kind]["backward"] for kind in ("stock", "fused")}
 
 
-def _pairs(axes: Any, values: dict[str, Any]) -> None:
-    """Two bars of each method; models differ in size, hence the logarithm."""
-    places = range(len(values))
-    for kind, color, shift in (("stock", STOCK, -HEIGHT / 2), ("fused", FUSED, HEIGHT / 2)):
-        lengths = [pair[kind] for pair in values.values()]
-        bars = axes.barh([p + shift for p in places], lengths, HEIGHT, color=color, label=kind)
-        if kind == "fused":
-            axes.bar_label(bars, [_label(pair) for pair in values.values()], padding=3, fontsize=9)
-    axes.set_yticks(list(places), list(values))
+def _share(values: dict[str, float], unit: str) -> tuple[float, str]:
+    return values["fused"] / values["stock"], _label(values, 1, unit)
+
+
+def _label(values: dict[str, float], factor: float, unit: str) -> str:
+    stock, fused = (f"{factor * values[kind]:.0f}" for kind in ("stock", "fused"))
+    return f"{stock} → {fused} {unit}".rstrip()
+
+
+def _bars(axes: Any, values: dict[str, tuple[float, str]]) -> None:
+    if not values:
+        axes.set_axis_off()
+        return
+    shares = [100 * share for share, _ in values.values()]
+    bars = axes.barh(list(values), shares, color=FUSED)
+    labels = [label for _, label in values.values()]
+    axes.bar_label(bars, labels, label_type="center", color="white", fontsize=9)
+    axes.axvline(100, color=STOCK, linestyle="--", linewidth=1.5, zorder=0)
     axes.invert_yaxis()
-    if values:
-        axes.set_xscale("log")
-        axes.margins(x=0.12)
-        axes.legend(frameon=False, fontsize=9)
-
-
-def _label(pair: dict[str, Any]) -> str:
-    if "label" in pair:
-        return str(pair["label"])
-    return f"{pair['fused'] / pair['stock'] - 1:+.0%}" if pair["stock"] else ""
+    axes.set_xlim(0, 1.08 * max(100, *shares))
