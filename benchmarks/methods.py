@@ -22,7 +22,7 @@ from torch import nn
 
 import fusetune
 from examples.minilm import load_classifier
-from fusetune import ops
+from examples.side_by_side import bias_only
 from fusetune.bench import composed
 from fusetune.demo.model import load_base
 
@@ -61,10 +61,10 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """`make`: the model with the method in it. within: what a stock step runs within.
+    """`make`: the model with the method in it.
 
     against: whose operators the stock step runs. PEFT's, where it has the method; else torch's, in
-    the same model.
+    the same model. within: what a stock step runs within, for that; or stock: its model.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Method:
     encoder: bool = False
     against: str = "PEFT"
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    stock: Callable[[Source], Any] | None = None
 
     @property
     def model(self) -> str:
@@ -80,7 +81,8 @@ class Method:
     def build(self, kind: str, source: Source) -> Any:
         """The model of a kind, in training; the same weights for both."""
         torch.manual_seed(0)
-        model = self.make(source).train()
+        make = self.stock if kind == "stock" and self.stock else self.make
+        model = make(source).train()
         if kind == "fused":
             fusetune.fuse(model)
         return model
@@ -143,8 +145,11 @@ def _madx(source: Source) -> Any:
     return model
 
 
-def _bitfit(source: Source) -> Any:
-    return get_peft_model(source.classifier(), fusetune.BitFitConfig(subset="all"))
+def _biases(source: Source) -> Any:
+    """The encoder's biases, trained where they are; not the head's, as BitFitConfig has it."""
+    model: Any = source.classifier()
+    bias_only(model)
+    return model
 
 
 def _ours(name: str, make: Callable[[Source], Any]) -> Method:
@@ -164,7 +169,13 @@ METHODS = (
         "prefix tuning",
         _lm(_prompt(PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=512)),
     ),
-    Method("BitFit", _bitfit, True, "torch", lambda: ops.use_backend("reference")),
+    Method(
+        "BitFit",
+        _adapters(lambda: fusetune.BitFitConfig(subset="all")),
+        True,
+        "torch",
+        stock=_biases,
+    ),
     _ours("Houlsby", _adapters(fusetune.BottleneckConfig.houlsby)),
     _ours("Pfeiffer", _adapters(fusetune.BottleneckConfig.pfeiffer)),
     _ours("parallel", _adapters(fusetune.BottleneckConfig.parallel)),

@@ -64,7 +64,7 @@ def candidates(steps: int) -> tuple[Candidate, ...]:
     bottleneck = fusetune.BottleneckConfig
     # name, rates, what puts it into the model, and more of Method's
     plain: tuple[tuple[str, tuple[float, ...], Any, dict[str, Any]], ...] = (
-        ("BitFit", (1e-3, 3e-3, 1e-2), bitfit, {}),
+        ("BitFit", (1e-3, 3e-3, 1e-2), with_peft(bitfit), {}),
         ("LoRA", (1e-3, 3e-3, 1e-2), with_peft(lora), {}),
         ("QLoRA", (1e-3, 3e-3, 1e-2), with_peft(lora), {"load": load_4bit}),
         ("DoRA", (1e-3, 3e-3, 1e-2), with_peft(lambda: lora(use_dora=True)), {}),
@@ -123,17 +123,8 @@ def load_4bit(labels: int) -> MeanPooled:
     return load_classifier(labels, quantization_config=nf4, device_map={"": "cpu"})
 
 
-def bitfit(model: MeanPooled) -> nn.Module:
-    adapted = get_peft_model(model, fusetune.BitFitConfig(subset="all"))
-    return _with_head(adapted)
-
-
-def _with_head(adapted: Any) -> nn.Module:
-    """Fused, and its head trained where it is."""
-    adapted.get_base_model().classifier.requires_grad_(True)
-    fusetune.fuse(adapted)
-    tuned: nn.Module = adapted
-    return tuned
+def bitfit() -> Any:
+    return fusetune.BitFitConfig(subset="all", **HEAD)
 
 
 # --- AdaLoRA --------------------------------------------------------------------------------------
@@ -193,6 +184,14 @@ def fusion(model: MeanPooled) -> nn.Module:
     adapted.add_adapter("fused", fusetune.AdapterFusionConfig(adapters=list(SOURCES)))
     fusetune.compose(adapted, "fused", trainable=["fused"])
     return _with_head(adapted)
+
+
+def _with_head(adapted: Any) -> nn.Module:
+    """Fused, and its head trained where it is."""
+    adapted.get_base_model().classifier.requires_grad_(True)
+    fusetune.fuse(adapted)
+    tuned: nn.Module = adapted
+    return tuned
 
 
 def _pfeiffer() -> Any:

@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 pytest.importorskip("tabulate")
 pytest.importorskip("matplotlib")
 
-from benchmarks import bench_methods, methods, operators  # noqa: E402
+from benchmarks import bench_methods, methods, operators, readme  # noqa: E402
 from benchmarks.own_process import in_own_process  # noqa: E402
 from examples.minilm import MeanPooled  # noqa: E402
 from fusetune import ops  # noqa: E402
@@ -58,7 +58,10 @@ def test_every_method(folders, tmp_path, monkeypatch, capsys):
             assert row["calls"][kind]["forward"] >= bare["forward"] - 1 > 0  # gate and up: one call
     assert rows["LoRA"]["calls"]["fused"]["kernels"] >= 7 * 2  # linear layers, both ways
     assert picture.stat().st_size > 10_000
-    assert "| AdapterFusion" in capsys.readouterr().out
+    monkeypatch.setattr(readme, "METHODS", path)
+    rendered = readme.section("methods")
+    assert "| AdapterFusion" in rendered
+    assert rendered in capsys.readouterr().out
 
     # Another part, of one method: the rest is kept. Here, as a process takes seconds to start.
     monkeypatch.setattr(bench_methods, "in_own_process", lambda run, *args: run(*args))

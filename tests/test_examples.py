@@ -259,6 +259,7 @@ def glue(tiny_encoder, monkeypatch):
 
 
 def test_all_methods_on_one_task(glue, tmp_path, monkeypatch, capsys):
+    from benchmarks import readme
     from examples.glue_methods import RANK
 
     command = ["glue_of_methods", "--quick", "--threads", "1", "--out", str(tmp_path)]
@@ -274,13 +275,17 @@ def test_all_methods_on_one_task(glue, tmp_path, monkeypatch, capsys):
     assert trained["prompt tuning"] == 10 * 64
     assert trained["P-tuning v2"] == 10 * 2 * 2 * 64
     assert trained["AdapterFusion"] == 2 * (3 * 64 * 64 + 2 * 64)
-    assert 0 < trained["BitFit"] < trained["LoRA"] < trained["full"]
+    # Of a layer's six linear layers and two norms, and of the embeddings' norm.
+    assert trained["BitFit"] == 2 * (4 * 64 + 128 + 64 + 2 * 64) + 64
+    assert trained["LoRA"] < trained["full"]
     assert {row["head_parameters"] for row in rows.values()} == {41 * 65}
     # The budget to the last rank: 12 matrices.
     assert sum(rows["AdaLoRA"]["ranks"].values()) == RANK * 12
     assert (tmp_path / "glue_of_methods.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert f"AdaLoRA's budget: {RANK * 12} ranks over 12 matrices" in printed
+    monkeypatch.setattr(readme, "GLUE", tmp_path / "glue.json")
+    assert readme.section("glue") in printed
 
     # Other parts of some methods; what is there stays.
     others = ["--part", "rates", "--part", "cost", "--methods", "ia3", "head-only"]
