@@ -57,7 +57,7 @@ def adapter_fusion(
     return_attention: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Keys and values of every adapter projected, as AdapterHub does it."""
-    stack = torch.stack(list(values), -2)  # [..., N, H]
+    stack = torch.stack(list(values)).movedim(0, -2)  # [..., N, H]
     q = functional.linear(query, query_weight, query_bias)
     k, v = functional.linear(stack, key_weight, key_bias), functional.linear(stack, value_weight)
     scores = torch.matmul(q.unsqueeze(-2), k.transpose(-2, -1))
