@@ -111,7 +111,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def _draw_accuracies(axes: Any, rows: dict[str, Any], spread: float) -> None:
-    """Bars, the best last; their labels: how many parameters were trained."""
+    """Bars, the best on top; their labels: how many parameters were trained."""
     names = sorted(rows, key=lambda name: rows[name]["accuracy"])
     values = [100 * rows[name]["accuracy"] for name in names]
     bars = axes.barh(names, values, xerr=spread, color=FUSED, ecolor=INK, error_kw={"capsize": 2})
