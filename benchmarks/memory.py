@@ -23,13 +23,12 @@ import ctypes
 import statistics
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
 
+from benchmarks.own_process import in_own_process
 from fusetune import ops
 from fusetune.demo.memory import MIB, PeakMeter
 
@@ -127,10 +126,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory")
     parser.parse_args()
     rows, broken = [], False
-    context = get_context("spawn")
     for case in CASES:
-        with ProcessPoolExecutor(1, context) as pool:
-            found = pool.submit(extra, case).result()
+        found = in_own_process(extra, case)
         if found is None:
             print("peak memory cannot be read here: /proc/self/clear_refs", file=sys.stderr)
             return 1

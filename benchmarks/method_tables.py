@@ -1,4 +1,4 @@
-"""The README's tables of whole training steps: prefix_tuning.py and prompt_tuning.py."""
+"""The README's tables of training steps: bench_methods.py, prefix_tuning.py, prompt_tuning.py."""
 
 from __future__ import annotations
 
@@ -35,13 +35,71 @@ def prompt_tuning(found: dict[str, Any]) -> str:
     return _table(found, ("", "step", "to as many positions"), rows)
 
 
+def methods(found: dict[str, Any]) -> str:
+    """From what benchmarks.bench_methods writes; parts that were not measured stay empty."""
+    rows = [
+        (
+            name,
+            row["model"],
+            row["against"],
+            *_calls(row.get("calls")),
+            *_step(row),
+            *_extra(row.get("memory_mib")),
+        )
+        for name, row in found["rows"].items()
+    ]
+    headers = (
+        "",
+        "model",
+        "against",
+        "calls of a layer, forward",
+        "backward",
+        "step",
+        "",
+        "losses differ by",
+        "memory for it",
+        "",
+    )
+    batch, tokens = found["sizes"]
+    text = _table(found, headers, rows, f", {batch} × {tokens} tokens a step, fp32")
+    bare = "; ".join(
+        f"{model} {calls['forward']} and {calls['backward']}"
+        for model, calls in found.get("bare", {}).items()
+    )
+    return f"{text}\n\nCalls of a layer without a method: {bare}." if bare else text
+
+
+def _calls(calls: dict[str, Any] | None) -> tuple[str, ...]:
+    if calls is None:
+        return "", ""
+    stock, fused = calls["stock"], calls["fused"]
+    return tuple(f"{stock[way]} → {fused[way]}" for way in ("forward", "backward"))
+
+
+def _step(row: dict[str, Any]) -> tuple[str, ...]:
+    if "step_s" not in row:
+        return "", "", ""
+    stock, fused = (1000 * row["step_s"][kind] for kind in ("stock", "fused"))
+    difference = f"{row['loss_difference']:.0e}"
+    return f"{stock:.0f} → {fused:.0f} ms", f"{row['speedup']:.2f}×", difference
+
+
+def _extra(memory: dict[str, float] | None) -> tuple[str, ...]:
+    if memory is None:
+        return "", ""
+    stock, fused = memory["stock"], memory["fused"]
+    return f"{stock:.0f} → {fused:.0f} MiB", f"{fused / stock - 1:+.0%}"
+
+
 def _memory(name: str, row: dict[str, float], part: str) -> tuple[str, ...]:
     stock = row["stock" + part]
     others = (row[kind + part] for kind in ("fused", "fused, checkpointing"))
     return name, f"{stock:.0f} MiB", *(f"{m:.0f} MiB ({m / stock - 1:+.0%})" for m in others)
 
 
-def _table(found: dict[str, Any], headers: tuple[str, ...], rows: list[Any]) -> str:
+def _table(
+    found: dict[str, Any], headers: tuple[str, ...], rows: list[Any], setting: str = ""
+) -> str:
     align = ("left", *["right"] * (len(headers) - 1))
     table = tabulate(rows, headers, tablefmt="pipe", colalign=align, disable_numparse=True)
-    return f"{found['cpu']}, {found['threads']} threads:\n\n{table}"
+    return f"{found['cpu']}, {found['threads']} threads{setting}:\n\n{table}"

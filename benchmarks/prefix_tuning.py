@@ -16,16 +16,15 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import statistics
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fusetune
+from benchmarks.own_process import in_own_process
+from fusetune.bench.in_turn import in_turn
 from fusetune.demo import model as models
 from fusetune.demo.data import PackedText, load_documents
 from fusetune.demo.memory import status_mib
@@ -89,32 +88,26 @@ class Steps:
 def pairs(folder: Path, tokens: int, count: int) -> dict[str, float]:
     """Median seconds of a step, and of the ratios of pairs; the first pair is not counted."""
     steps = Steps(folder, tokens)
-    seconds: dict[str, list[float]] = {"stock": [], "fused": []}
-    losses: dict[str, list[float]] = {"stock": [], "fused": []}
-    for number in range(count + 1):
-        for kind in ("stock", "fused") if number % 2 == 0 else ("fused", "stock"):
-            with steps.mode(kind):
-                steps.optimizer.zero_grad(set_to_none=True)
-                begin = time.perf_counter()
-                losses[kind].append(steps(kind, number))
-                elapsed = time.perf_counter() - begin
-            if number > 0:
-                seconds[kind].append(elapsed)
-        steps.update()
-    difference = max(
-        abs(a - b) / abs(a) for a, b in zip(losses["stock"], losses["fused"], strict=True)
-    )
-    ratios = [s / f for s, f in zip(seconds["stock"], seconds["fused"], strict=True)]
+
+    @contextlib.contextmanager
+    def around(kind: str) -> Iterator[None]:
+        with steps.mode(kind):
+            steps.optimizer.zero_grad(set_to_none=True)
+            yield
+
+    turns = in_turn(KINDS[:2], steps, count, around=around, after=steps.update)
     return {
-        "stock_s": statistics.median(seconds["stock"]),
-        "fused_s": statistics.median(seconds["fused"]),
-        "speedup": statistics.median(ratios),
-        "loss_difference": difference,
+        "stock_s": turns.median("stock"),
+        "fused_s": turns.median("fused"),
+        "speedup": turns.ratio("stock", "fused"),
+        "loss_difference": turns.loss_difference("fused", "stock"),
     }
 
 
-def peak(folder: Path, tokens: int, kind: str) -> tuple[float, float]:
+def peak(folder: Path, tokens: int, kind: str, threads: int) -> tuple[float, float]:
     """MiB of this process: its peak in three steps of one kind, and what it held before them."""
+    torch.set_num_threads(threads)
+    models.quiet()
     steps = Steps(folder, tokens)
     loaded = resident("VmRSS")
     with steps.mode(kind):
@@ -133,13 +126,6 @@ def resident(field: str) -> float:
     return mib
 
 
-def peak_of_a_process(folder: Path, tokens: int, kind: str, threads: int) -> tuple[float, float]:
-    command = [sys.executable, "-m", "benchmarks.prefix_tuning", "--base", str(folder)]
-    command += ["--tokens", str(tokens), "--peak", kind, "--threads", str(threads)]
-    mib, loaded = subprocess.check_output(command, text=True).split()[-2:]
-    return float(mib), float(loaded)
-
-
 def compared(row: dict[str, float], part: str) -> str:
     """The MiB of each kind, and how much less than stock's."""
     stock = row["stock" + part]
@@ -156,15 +142,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--part", choices=("time", "memory"), help="one of the tables alone")
-    parser.add_argument("--peak", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     models.quiet()
     folder = base_folder(options.base)
-    if options.peak:
-        print(*peak(folder, options.tokens[0], options.peak))
-        return
     found: dict[str, Any] = {}
     for tokens in options.tokens:
         row = found[str(tokens)] = {}
@@ -178,7 +160,7 @@ def main() -> None:
             )
         if options.part != "time":
             for kind in KINDS:
-                mib, loaded = peak_of_a_process(folder, tokens, kind, options.threads)
+                mib, loaded = in_own_process(peak, folder, tokens, kind, options.threads)
                 row[kind], row[f"{kind}, steps alone"] = mib, mib - loaded
             for what, part in (("peak of the process", ""), ("of that the steps", ", steps alone")):
                 print(f"P={tokens}: {what}: " + compared(row, part), flush=True)

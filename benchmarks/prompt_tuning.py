@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import torch
 
 import fusetune
 from benchmarks.prefix_tuning import FOLDER, base_folder
+from fusetune.bench.in_turn import in_turn
 from fusetune.demo import model as models
 from fusetune.env import cpu_name
 
@@ -81,27 +80,14 @@ def run(model: Any, **arguments: Any) -> float:
 
 
 def measure(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, Any]:
-    """The first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    losses: dict[str, float] = {}
-    order = list(steps)
-    for turn in range(rounds + 1):
-        for name in order:
-            begin = time.perf_counter()
-            losses[name] = steps[name]()
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-        order = order[1:] + order[:1]
-    longer = seconds[LONGER]
+    turns = in_turn(list(steps), lambda kind, number: steps[kind](), rounds)
     return {
         name: {
-            "step_s": statistics.median(times),
-            "to_as_many_positions": statistics.median(
-                t / base for t, base in zip(times, longer, strict=True)
-            ),
-            "loss": losses[name],
+            "step_s": turns.median(name),
+            "to_as_many_positions": turns.ratio(name, LONGER),
+            "loss": turns.losses[name][-1],
         }
-        for name, times in seconds.items()
+        for name in steps
     }
 
 

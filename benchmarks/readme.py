@@ -4,10 +4,11 @@
     python -m benchmarks.readme --demo demo_output    takes over a demo's report and picture first
     python -m benchmarks.readme --adapters adapters_output    likewise, of examples.adapters_minilm
     python -m benchmarks.readme --prompts prompts_output      likewise, of examples.prompts_smollm2
+    python -m benchmarks.readme --glue glue_output            likewise, of examples.glue_of_methods
     python -m benchmarks.readme --check               exit code 1 when README.md is out of date
 
 A table stands between <!-- results:NAME --> and <!-- end -->, NAME an op, "demo",
-"adapters", "prompts", or "report" for what `fuse` says of a small model.
+"adapters", "prompts", "glue", "methods", or "report" for what `fuse` says of a small model.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import fusetune
 from benchmarks import bound, bound_adapters, method_tables
-from examples import adapters_report, prompts_report
+from examples import adapters_report, glue_report, prompts_report
 from fusetune.bench import table
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,9 @@ ADAPTERS = RESULTS / "adapters-minilm.json"
 PROMPTS = RESULTS / "prompts-smollm2.json"
 PROMPTS_RATES = RESULTS / "prompts-rates.json"
 PROMPTS_PICTURE = ROOT / "docs" / "prompts_smollm2.png"
+GLUE = RESULTS / "glue.json"
+GLUE_PICTURE = ROOT / "docs" / "glue_of_methods.png"
+METHODS = RESULTS / "methods.json"
 ADAPTERS_PICTURE = ROOT / "docs" / "adapters_minilm.png"
 
 
@@ -41,6 +45,7 @@ def main() -> int:
     parser.add_argument("--demo", type=Path, help="output folder of a demo to take over")
     parser.add_argument("--adapters", type=Path, help="output folder of examples.adapters_minilm")
     parser.add_argument("--prompts", type=Path, help="output folder of examples.prompts_smollm2")
+    parser.add_argument("--glue", type=Path, help="output folder of examples.glue_of_methods")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     if options.demo:
@@ -54,6 +59,9 @@ def main() -> int:
         shutil.copy(options.prompts / PROMPTS_PICTURE.name, PROMPTS_PICTURE)
         for path in (PROMPTS, PROMPTS_RATES):
             path.write_text((options.prompts / path.name).read_text())
+    if options.glue:
+        shutil.copy(options.glue / GLUE_PICTURE.name, GLUE_PICTURE)
+        GLUE.write_text((options.glue / GLUE.name).read_text())
     before = README.read_text()
     after = re.sub(
         r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)",
@@ -81,6 +89,10 @@ def section(name: str) -> str:
         return f"{adapters_report.tables(json.loads(ADAPTERS.read_text()))}\n"
     if name == "prompts":
         return f"{prompts_report.table(json.loads(PROMPTS.read_text()))}\n"
+    if name == "glue":
+        return f"{glue_report.table(json.loads(GLUE.read_text()))}\n"
+    if name == "methods":
+        return f"{method_tables.methods(json.loads(METHODS.read_text()))}\n"
     if name in ("prefix_tuning", "prompt_tuning"):
         path = RESULTS / f"{name.replace('_', '-')}.json"
         return f"{getattr(method_tables, name)(json.loads(path.read_text()))}\n"

@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cards import Card
+from benchmarks.operators import is_bare, is_view, ops_as_without_a_mode, storage_of, tensors
 from fusetune import ops
 from fusetune.ops import _cuda, _triton
 from fusetune.sim import Counts, cuda_sim
@@ -72,8 +73,7 @@ def recorded(card: Card) -> Iterator[list[Work]]:
         stack.enter_context(mock.patch.object(_triton, "capability", seen))
         stack.enter_context(mock.patch.object(_cuda, "_capability", seen))
         stack.enter_context(mock.patch.object(Program, "launch", _sampling(works)))
-        # Ops of ours go the way they go without a mode: what is inside them is noted.
-        stack.enter_context(mock.patch("torch._C._len_torch_dispatch_stack", return_value=0))
+        stack.enter_context(ops_as_without_a_mode())
         stack.enter_context(_Operators(works))
         yield works
 
@@ -193,13 +193,12 @@ class _Operators(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in _PRODUCTS:
             return self._product(name, args)
-        inputs = _tensors((*args, *(kwargs or {}).values()))
-        before = [_memory(t) for t in inputs]
+        inputs = tensors((*args, *(kwargs or {}).values()))
+        before = [storage_of(t) for t in inputs]
         result = func(*args, **(kwargs or {}))
-        outputs = _tensors([result])
-        changes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
-        view = bool(outputs) and _memory(outputs[0]) in before and not changes
-        if inputs and outputs and not view and "empty" not in name:
+        outputs = tensors([result])
+        given = inputs and outputs and not is_bare(func)
+        if given and not is_view(func, before, outputs):
             size = _bytes(inputs) + _bytes(outputs)
             if max(t.numel() for t in (*inputs, *outputs)) > 1:
                 self.works.append(Work(f"torch {name}", size))
@@ -220,18 +219,3 @@ class _Operators(TorchDispatchMode):
             work.tensor_flops = flops
         self.works.append(work)
         return into
-
-
-def _memory(tensor: Tensor) -> int:
-    """What views of it share."""
-    return tensor.untyped_storage().data_ptr()
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    flat: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            flat.append(value)
-        elif isinstance(value, (list, tuple)):
-            flat += _tensors(value)
-    return flat

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from fusetune.env import cpu_name
 from . import alphabets, fusion_of_tasks, side_by_side
 from .adapters_report import draw, tables
 from .minilm import by_label, load_glosses, load_tokenizer
-from .training import Texts, split
+from .training import Texts, divide, split
 
 PARTS = ("cost", "methods", "fusion", "madx")
 LEAST = 200  # glosses that a label must have
@@ -76,12 +75,12 @@ def text_parts(
 ) -> None:
     """The parts on WordNet's glosses, into the report."""
     per_label, held, few, steps, target_steps = QUICK if quick else SIZES
-    texts = by_label(load_glosses(), LEAST)
-    labels = sorted(texts)
-    train, held_out = split(texts, load_tokenizer(), per_label, held)
+    labels, train, held_out = load_texts(per_label, held)
     progress(f"{len(train)} glosses of {len(labels)} labels, {len(held_out)} held out")
     if "methods" in parts:
-        rows = side_by_side.accuracies(train, held_out, len(labels), BATCH, steps, progress)
+        rows = side_by_side.accuracies(
+            side_by_side.METHODS, train, held_out, len(labels), BATCH, steps, progress
+        )
         report["methods"] = {
             "rows": rows,
             "labels": len(labels),
@@ -91,7 +90,9 @@ def text_parts(
             "batch": BATCH,
         }
     if "cost" in parts:
-        report["cost"] = side_by_side.costs(train, len(labels), BATCH, 2 if quick else ROUNDS)
+        report["cost"] = side_by_side.costs(
+            side_by_side.METHODS, train, len(labels), BATCH, 2 if quick else ROUNDS
+        )
         progress("costs")
     if "fusion" in parts:
         target, sources = divide(train, few)
@@ -100,15 +101,10 @@ def text_parts(
         )
 
 
-def divide(texts: Texts, count: int) -> tuple[Texts, Texts]:
-    """(the first `count` texts of each label, the others)"""
-    seen: Counter[int] = Counter()
-    first: list[int] = []
-    rest: list[int] = []
-    for row, target in enumerate(texts.targets):
-        seen[target] += 1
-        (first if seen[target] <= count else rest).append(row)
-    return texts.rows(first), texts.rows(rest)
+def load_texts(per_label: int, held: int) -> tuple[list[str], Texts, Texts]:
+    """(labels, so many glosses of each to train on, so many held out)"""
+    texts = by_label(load_glosses(), LEAST)
+    return sorted(texts), *split(texts, load_tokenizer(), per_label, held)
 
 
 if __name__ == "__main__":

@@ -43,13 +43,13 @@ def _methods(part: dict[str, Any], costs: dict[str, Any]) -> str:
     text = (
         f"{part['labels']} labels; {part['train']:,} glosses to train on, {part['steps']} steps of "
         f"{part['batch']}; {part['held_out']:,} held out (chance {1 / part['labels']:.1%}, "
-        f"a standard error is {_error(part):.1%}):\n\n"
+        f"a standard error is {standard_error(part):.1%}):\n\n"
     )
     headers = ("method", "accuracy", "parameters trained", "step", "memory for it")
-    return text + _markdown(rows, headers)
+    return text + markdown(rows, headers)
 
 
-def _error(part: dict[str, Any]) -> float:
+def standard_error(part: dict[str, Any]) -> float:
     """Standard error of an accuracy about one half, the largest there is."""
     return float(0.5 / part["held_out"] ** 0.5)
 
@@ -57,7 +57,7 @@ def _error(part: dict[str, Any]) -> float:
 def _fusion(part: dict[str, Any]) -> str:
     rows = [(name, f"{accuracy:.1%}") for name, accuracy in part["accuracy"].items()]
     text = f"All {part['labels']} labels from {part['texts']} glosses:\n\n"
-    return text + _markdown(rows, ("on the encoder", "accuracy"))
+    return text + markdown(rows, ("on the encoder", "accuracy"))
 
 
 def _madx(part: dict[str, Any]) -> str:
@@ -66,10 +66,10 @@ def _madx(part: dict[str, Any]) -> str:
         f"The task was learnt in alphabet A alone; {part['held_out']} held-out texts, "
         f"chance {part['chance']:.0%}:\n\n"
     )
-    return text + _markdown(rows, ("text in", "stacked under the task", "accuracy"))
+    return text + markdown(rows, ("text in", "stacked under the task", "accuracy"))
 
 
-def _markdown(rows: list[tuple[str, ...]], headers: tuple[str, ...]) -> str:
+def markdown(rows: list[tuple[str, ...]], headers: tuple[str, ...]) -> str:
     align = ("left", *["right"] * (len(headers) - 1))
     return tabulate(rows, headers, tablefmt="pipe", colalign=align, disable_numparse=True)
 
@@ -98,7 +98,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def _draw_methods(axes: Any, part: dict[str, Any]) -> None:
     for name, row in part["rows"].items():
         trained = row["parameters"] + row["head_parameters"]
-        spread = 100 * _error(part)
+        spread = 100 * standard_error(part)
         axes.errorbar(trained, 100 * row["accuracy"], spread, fmt="o", capsize=2, label=name)
     axes.legend(frameon=False, loc="lower right")
     axes.set(

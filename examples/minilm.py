@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AutoTokenizer, BertConfig, BertModel, BertPreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
 Tensor = torch.Tensor
@@ -41,16 +43,30 @@ class MeanPooled(BertPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[batch, hidden size]"""
-        states = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def embed(self, attention_mask: Tensor, **inputs: Tensor | None) -> Tensor:
+        """[batch, hidden size] of input_ids or inputs_embeds."""
+        states = self.bert(attention_mask=attention_mask, **inputs).last_hidden_state
         weights = attention_mask.unsqueeze(-1).to(states.dtype)
         return (states * weights).sum(1) / weights.sum(1)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Tensor:
-        """Logits [batch, labels]."""
-        logits: Tensor = self.classifier(self.embed(input_ids, attention_mask))
-        return logits
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        """Logits [batch, labels]; with `labels` [batch] transformers' output, which has a loss.
+
+        inputs_embeds: in the place of input_ids, as methods with a prompt hand it over.
+        """
+        assert attention_mask is not None
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        logits: Tensor = self.classifier(self.embed(attention_mask, **inputs))
+        if labels is None:
+            return logits
+        return SequenceClassifierOutput(functional.cross_entropy(logits, labels), logits)
 
 
 def package_folder(module: str, requirement: str) -> Path:
@@ -69,12 +85,21 @@ def load_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(encoder_folder())
 
 
-def load_classifier(labels: int, seed: int = 0) -> MeanPooled:
-    """The encoder with its weights, and a new head. Raises RuntimeError for a missing weight."""
+def load_classifier(
+    labels: int, seed: int = 0, folder: Path | None = None, **options: Any
+) -> MeanPooled:
+    """The encoder with its weights, and a new head. Raises RuntimeError for a missing weight.
+
+    folder: of another encoder; options: more of from_pretrained's.
+    """
     torch.manual_seed(seed)
     logging.set_verbosity_error()  # it would report the pooler, which this model does not use
     model, report = MeanPooled.from_pretrained(
-        encoder_folder(), num_labels=labels, output_loading_info=True, dtype=torch.float32
+        folder or encoder_folder(),
+        num_labels=labels,
+        output_loading_info=True,
+        dtype=torch.float32,
+        **options,
     )
     missing = {key for key in report["missing_keys"] if not key.startswith("classifier.")}
     if missing or report["mismatched_keys"]:

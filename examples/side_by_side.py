@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import fusetune
+from fusetune.bench.in_turn import in_turn
 from fusetune.demo.memory import MIB, PeakMeter
 
 from .minilm import MeanPooled, load_classifier
@@ -23,11 +22,17 @@ HEAD_RATE = 5e-3  # of the new head, the same for all
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune. rate: its learning rate, a usual one; none was tuned on these texts."""
+    """A way to fine-tune. rate: its learning rate, a usual one; none was tuned on these texts.
+
+    load: the model of so many labels, that `prepare` puts the method into. trainer: for methods
+    that do more in a step.
+    """
 
     name: str
     rate: float
     prepare: Callable[[MeanPooled], nn.Module]
+    load: Callable[[int], MeanPooled] = load_classifier
+    trainer: type[Trainer] = Trainer
 
 
 def head_only(model: MeanPooled) -> nn.Module:
@@ -67,15 +72,16 @@ METHODS = (
 
 
 def make(method: Method, labels: int, steps: int) -> Trainer:
-    model = load_classifier(labels)
+    model = method.load(labels)
     head = model.classifier
     tuned = method.prepare(model)
     if tuned is not model:  # PEFT trains a copy of what is in modules_to_save
         head = tuned.base_model.model.classifier
-    return Trainer(tuned, [(head, HEAD_RATE), (tuned, method.rate)], steps)
+    return method.trainer(tuned, [(head, HEAD_RATE), (tuned, method.rate)], steps)
 
 
 def accuracies(
+    methods: Iterable[Method],
     train: Texts,
     held_out: Texts,
     labels: int,
@@ -85,20 +91,24 @@ def accuracies(
 ) -> dict[str, Any]:
     """name -> accuracy on the held-out texts, and numbers of parameters trained."""
     found = {}
-    for method in METHODS:
+    for method in methods:
         trainer = make(method, labels, steps)
         trainer.fit(train, size, steps)
-        head = sum(p.numel() for p in trainer.modules[0].parameters() if p.requires_grad)
-        found[method.name] = {
-            "accuracy": trainer.accuracy(held_out),
-            "parameters": sum(p.numel() for p in trainer.parameters) - head,
-            "head_parameters": head,
-        }
+        found[method.name] = {"accuracy": trainer.accuracy(held_out), **trained(trainer)}
         progress(f"{method.name}: {found[method.name]['accuracy']:.1%}")
     return found
 
 
-def costs(train: Texts, labels: int, size: int, rounds: int) -> dict[str, Any]:
+def trained(trainer: Trainer) -> dict[str, int]:
+    """How many parameters are, of the method and of the head."""
+    head = sum(p.numel() for p in trainer.modules[0].parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in trainer.parameters)
+    return {"parameters": everything - head, "head_parameters": head}
+
+
+def costs(
+    methods: Iterable[Method], train: Texts, labels: int, size: int, rounds: int
+) -> dict[str, Any]:
     """name -> seconds of a step, and memory in MiB; steps of all methods take turns.
 
     Memory: what a step on the longest batch adds at its peak to what the process held before it, as
@@ -106,17 +116,15 @@ def costs(train: Texts, labels: int, size: int, rounds: int) -> dict[str, Any]:
     are not in it. None where the system does not tell.
     """
     fixed = list(batches(train, size, 4))
-    trainers = {method.name: make(method, labels, rounds + 3) for method in METHODS}
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    peaks: dict[str, list[float]] = {name: [] for name in trainers}
-    for turn in range(-1, rounds):
-        for name, trainer in trainers.items():
-            begin = time.perf_counter()
-            trainer.step(fixed[turn % len(fixed)])
-            if turn >= 0:  # the first warms up
-                seconds[name].append(time.perf_counter() - begin)
+    trainers = {method.name: make(method, labels, rounds + 3) for method in methods}
+    turns = in_turn(
+        list(trainers),
+        lambda name, turn: trainers[name].step(fixed[(turn - 1) % len(fixed)]),
+        rounds,
+    )
     # Apart from the times: the meter hands memory back, which the step then has to get again.
     longest = max(fixed, key=lambda batch: batch[0]["input_ids"].numel())
+    peaks: dict[str, list[float]] = {name: [] for name in trainers}
     for name, trainer in trainers.items():
         for _ in range(2):
             with PeakMeter(torch.device("cpu")) as meter:
@@ -124,7 +132,7 @@ def costs(train: Texts, labels: int, size: int, rounds: int) -> dict[str, Any]:
             peaks[name] += [] if meter.peak is None else [meter.peak.extra]
     return {
         name: {
-            "step_s": statistics.median(seconds[name]),
+            "step_s": turns.median(name),
             "memory_mib": max(peaks[name]) + _state_mib(trainer) if peaks[name] else None,
         }
         for name, trainer in trainers.items()

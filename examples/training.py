@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,17 @@ def only(texts: Texts, labels: Iterable[int]) -> Texts:
     """The texts of some labels."""
     wanted = set(labels)
     return texts.rows([row for row, target in enumerate(texts.targets) if target in wanted])
+
+
+def divide(texts: Texts, count: int) -> tuple[Texts, Texts]:
+    """(the first `count` texts of each label, the others)"""
+    seen: Counter[int] = Counter()
+    first: list[int] = []
+    rest: list[int] = []
+    for row, target in enumerate(texts.targets):
+        seen[target] += 1
+        (first if seen[target] <= count else rest).append(row)
+    return texts.rows(first), texts.rows(rest)
 
 
 def batches(texts: Texts, size: int, steps: int, seed: int = 0) -> Iterator[Batch]:
@@ -107,26 +119,39 @@ class Trainer:
         arguments, targets = batch
         for module in self.modules:
             module.train()
-        loss = functional.cross_entropy(self.logits(**arguments), targets)
+        loss = self.loss(arguments, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
+        self.updated()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         return loss.item()
+
+    def loss(self, arguments: dict[str, Tensor], targets: Tensor) -> Tensor:
+        return functional.cross_entropy(self.logits(**arguments), targets)
+
+    def updated(self) -> None:
+        """After each update, while the gradients are still there."""
 
     def fit(self, texts: Texts, size: int, steps: int, seed: int = 0) -> None:
         for batch in batches(texts, size, steps, seed):
             self.step(batch)
 
-    @torch.no_grad()
-    def accuracy(self, texts: Texts, size: int = 64) -> float:
+    def accuracy(self, texts: Texts) -> float:
         """Share of texts whose label has the highest logit."""
+        return self.evaluate(texts)[1]
+
+    @torch.no_grad()
+    def evaluate(self, texts: Texts, size: int = 64) -> tuple[float, float]:
+        """(mean loss, accuracy)"""
         for module in self.modules:
             module.eval()
         order = sorted(range(len(texts)), key=lambda row: len(texts.ids[row]))
-        right = 0
+        loss = right = 0.0
         for at in range(0, len(order), size):
             arguments, targets = collate(texts, order[at : at + size])
-            right += int((self.logits(**arguments).argmax(-1) == targets).sum())
-        return right / len(texts)
+            logits = self.logits(**arguments)
+            loss += functional.cross_entropy(logits, targets, reduction="sum").item()
+            right += (logits.argmax(-1) == targets).sum().item()
+        return loss / len(texts), right / len(texts)

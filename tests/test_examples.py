@@ -228,3 +228,134 @@ def test_the_verdict_is_what_was_measured(losses, says):
     assert says in verdict(rows)
     del rows["P-tuning"]
     assert verdict(rows) == ""
+
+
+# --- glue_of_methods ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_encoder(tmp_path_factory):
+    """A BERT of two layers with the real one's words."""
+    import transformers
+
+    from examples import minilm
+
+    folder = tmp_path_factory.mktemp("encoder")
+    minilm.load_tokenizer().save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def glue(tiny_encoder, monkeypatch):
+    from examples import glue_of_methods, minilm
+
+    monkeypatch.setattr(minilm, "encoder_folder", lambda: tiny_encoder)
+    return glue_of_methods
+
+
+def test_all_methods_on_one_task(glue, tmp_path, monkeypatch, capsys):
+    from benchmarks import readme
+    from examples.glue_methods import RANK
+
+    command = ["glue_of_methods", "--quick", "--threads", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--part", "quality"])
+    glue.main()
+    rows = json.loads((tmp_path / "glue.json").read_text())["rows"]
+    assert list(rows) == [c.name for c in glue.candidates(9)]
+    trained = {name: row["parameters"] for name, row in rows.items()}
+    linear = 2 * (4 * (64 + 64) + 2 * (64 + 128))  # rows and columns, in two layers
+    assert trained["head only"] == 0
+    assert trained["LoRA"] == trained["QLoRA"] == RANK * linear
+    assert trained["IA3"] == 2 * (64 + 64 + 128)
+    assert trained["prompt tuning"] == 10 * 64
+    assert trained["P-tuning v2"] == 10 * 2 * 2 * 64
+    assert trained["AdapterFusion"] == 2 * (3 * 64 * 64 + 2 * 64)
+    # Of a layer's six linear layers and two norms, and of the embeddings' norm.
+    assert trained["BitFit"] == 2 * (4 * 64 + 128 + 64 + 2 * 64) + 64
+    assert trained["LoRA"] < trained["full"]
+    assert {row["head_parameters"] for row in rows.values()} == {41 * 65}
+    # The budget to the last rank: 12 matrices.
+    assert sum(rows["AdaLoRA"]["ranks"].values()) == RANK * 12
+    assert (tmp_path / "glue_of_methods.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert f"AdaLoRA's budget: {RANK * 12} ranks over 12 matrices" in printed
+    monkeypatch.setattr(readme, "GLUE", tmp_path / "glue.json")
+    assert readme.section("glue") in printed
+
+    # Other parts of some methods; what is there stays.
+    others = ["--part", "rates", "--part", "cost", "--methods", "ia3", "head-only"]
+    monkeypatch.setattr(sys, "argv", [*command, *others])
+    glue.main()
+    again = json.loads((tmp_path / "glue.json").read_text())
+    assert again["rows"] == rows
+    assert {name: len(losses) for name, losses in again["rates"].items()} == {
+        "head only": 0,
+        "IA3": 3,
+    }
+    assert {name: cost["step_s"] > 0 for name, cost in again["cost"].items()} == {
+        "head only": True,
+        "IA3": True,
+    }
+
+
+def test_every_method_has_as_many_trials(glue):
+    for candidate in glue.candidates(9):
+        assert len(candidate.rates) == (1 if candidate.name == "head only" else 3)
+        assert candidate.method.rate in candidate.rates
+    ia3 = next(c for c in glue.candidates(9) if c.name == "IA3")
+    assert glue.best({"0.003": 2.0, "0.01": 1.0, "0.03": 3.0}, ia3) == 0.01
+    assert glue.best({}, ia3) == ia3.method.rate
+
+
+def test_a_rate_at_the_edge_is_marked():
+    from examples.glue_report import at_the_edge
+
+    trials = {"0.001": 2.0, "0.003": 1.0, "0.01": 3.0}
+    assert [at_the_edge(trials, rate) for rate in (1e-3, 3e-3, 1e-2)] == [True, False, True]
+    assert not at_the_edge({}, 1e-3)
+
+
+def test_rank_map_is_matrix_by_layer():
+    from examples.glue_report import rank_map
+
+    kept = {
+        "base_model.model.bert.encoder.layer.1.attention.output.dense": 3,
+        "base_model.model.bert.encoder.layer.0.output.dense": 5,
+        "base_model.model.bert.encoder.layer.1.output.dense": 7,
+    }
+    names, ranks = rank_map(kept)
+    assert names == ["attention's output", "feed-forward, down"]
+    assert ranks == [[None, 3], [5, 7]]
+
+
+def test_hidden_words_are_words():
+    from examples.glue_methods import MASK, hidden_words
+    from examples.training import Texts
+
+    texts = Texts([[101, *range(1000, 1000 + n), 102] for n in (3, 9, 20)] * 20, [0] * 60)
+    for arguments, words in hidden_words(texts, 3):
+        assert (arguments["input_ids"][arguments["hidden"]] == MASK).all()
+        assert len(words) == arguments["hidden"].sum() > 0
+        assert words.min() >= 1000
+
+
+def test_a_language_is_learnt_through_its_adapter_alone(glue):
+    """What `before` trains is found by the method, and nothing else of it has changed."""
+    from examples.glue_methods import SOURCES
+
+    task = glue.Task(glue.QUICK, lambda message: None)
+    found = {c.name: c for c in glue.candidates(3)}
+    for name, adapters in (("MAD-X", ["language"]), ("AdapterFusion", list(SOURCES))):
+        before = found[name].trainer(1e-3, len(task.labels), 3, None).modules[1].state_dict()
+        after = found[name].trainer(1e-3, len(task.labels), 3, task.ready(name)).modules[1]
+        changed = {k for k, v in after.state_dict().items() if not torch.equal(v, before[k])}
+        assert changed
+        assert all(any(f".{adapter}." in key for adapter in adapters) for key in changed), changed
+        assert all(any(f".{adapter}." in key for key in changed) for adapter in adapters)
+        trainable = {k for k, p in after.named_parameters() if p.requires_grad}
+        assert not trainable & changed

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.nn import functional
 
 from fusetune import ops
 
+from . import composed
 from .timing import Case, Result, Run
 
 Tensor = torch.Tensor
@@ -52,11 +52,9 @@ def bottleneck(
         with ops.use_backend("reference"):
             return step(ours, Tensor.double)()
 
-    def plain(
-        x: Tensor, down: Tensor, b_down: Tensor, up: Tensor, b_up: Tensor, r: Tensor
-    ) -> Tensor:
-        hidden = functional.linear(x.to(down.dtype), down, b_down).relu()
-        return (functional.linear(hidden, up, b_up) + r).to(x.dtype)
+    def plain(*leaves: Tensor) -> Tensor:
+        *given, residual = leaves
+        return composed.bottleneck(*given, activation=activation, residual=residual)
 
     notes = f", dropout {dropout:g}" if dropout else ""
     notes += "" if rows is None else f", {len(rows)} groups"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch.nn import functional
 
 from fusetune import ops
 from fusetune.reference.adapter_fusion import adapter_fusion as definition
 from fusetune.reference.dropout import new_seed
 
+from . import composed
 from .timing import Case, Result, Run
 
 Tensor = torch.Tensor
@@ -75,13 +75,9 @@ def adapter_fusion(
 def projected(
     query: Tensor, outputs: Sequence[Tensor], w: list[Tensor], residual: Tensor
 ) -> Tensor:
-    """Keys and values of every adapter projected, as AdapterHub does it."""
-    w_q, b_q, w_k, b_k, w_v = w
-    stack = torch.stack(list(outputs)).permute(1, 0, 2)  # [M, N, H]
-    q = functional.linear(query, w_q, b_q)
-    k, v = functional.linear(stack, w_k, b_k), functional.linear(stack, w_v)
-    scores = torch.matmul(q.unsqueeze(1), k.transpose(-2, -1))
-    return torch.matmul(scores.softmax(-1), v).squeeze(1) + residual
+    out = composed.adapter_fusion(query, outputs, *w, residual=residual)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def adapter_fusion_cases(full: bool, n: int, k: int) -> Iterator[Case]:

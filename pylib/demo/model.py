@@ -72,8 +72,11 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def load_base(name: str, device: torch.device) -> Any:
-    """A causal LM with its linear layers in NF4, double quantisation, as QLoRA has it."""
+def load_base(name: str, device: torch.device, **options: Any) -> Any:
+    """A causal LM with its linear layers in NF4, double quantisation, as QLoRA has it.
+
+    options: more of from_pretrained's.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = compute_dtype(device)
@@ -87,7 +90,7 @@ def load_base(name: str, device: torch.device) -> Any:
         # "The quantization_config from the model will be used": the same one, for converted models.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         model = AutoModelForCausalLM.from_pretrained(
-            name, quantization_config=nf4, dtype=dtype, device_map={"": device}
+            name, quantization_config=nf4, dtype=dtype, device_map={"": device}, **options
         )
     model.config.use_cache = False
     return model
