@@ -83,6 +83,7 @@ bool has(const std::string& name) {
   if (name == "prefix_attend") return k.prefix_attend;
   if (name == "prefix_attend_backward") return k.prefix_attend_backward;
   if (name == "swiglu") return k.swiglu;
+  if (name == "importance") return k.importance;
   if (name == "swiglu_backward") return k.swiglu_backward;
   if (name == "dropout") return k.dropout;
   if (name == "fma_peak") return k.fma_peak;
@@ -255,5 +256,6 @@ PYBIND11_MODULE(_C, m) {
   bind_prefix(m);
   bind_prompts(m);
   bind_swiglu(m);
+  bind_adalora(m);
   bind_loss(m);
 }

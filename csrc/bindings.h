@@ -52,6 +52,8 @@ F built(F kernel, const char* name) {
 
 // Adds the kernels of bottleneck adapters and of AdapterFusion.
 void bind_adapters(pybind11::module_& m);
+// Adds those of AdaLoRA.
+void bind_adalora(pybind11::module_& m);
 // Adds those of attention to a prefix.
 void bind_prefix(pybind11::module_& m);
 // Adds the kernels of prompts.

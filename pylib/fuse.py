@@ -25,6 +25,8 @@ _LAYERS = {
     "bitsandbytes": ("bitsandbytes",),
     "peft_bnb": ("peft", "bitsandbytes"),
     "peft_prompts": ("peft",),
+    "peft_adalora": ("peft",),
+    "peft_adalora_bnb": ("peft", "bitsandbytes"),
     "transformers_mlp": ("transformers",),
 }
 # Methods that may lie in a module's instance -> the one of its class that they then are.

@@ -39,6 +39,7 @@ Function<decltype(Kernels::prefix_attend)> prefix_attend;
 Function<decltype(Kernels::prefix_attend_backward)> prefix_attend_backward;
 Function<decltype(Kernels::swiglu)> swiglu;
 Function<decltype(Kernels::swiglu_backward)> swiglu_backward;
+Function<decltype(Kernels::importance)> importance;
 Function<decltype(Kernels::dropout)> dropout;
 Function<decltype(Kernels::fma_peak)> fma_peak;
 

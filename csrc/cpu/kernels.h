@@ -137,6 +137,15 @@ struct PrefixGradients {
   float *dkey, *dvalue;
 };
 
+// Many small matrices, fp32 without gaps, and their moving averages. grads[i] null: those of i stay as they are. first:
+// where the scores of each begin.
+struct ImportanceMatrices {
+  int64_t count;
+  const float *const *weights, *const *grads;
+  float *const *sensitivity, *const *uncertainty;
+  const int64_t *rows, *cols, *first;
+};
+
 struct Kernels {
   const char* isa;
   int lanes;  // fp32 lanes of a vector
@@ -211,6 +220,10 @@ struct Kernels {
   // dgate and dup, null where not needed; either may be dy, gate or up itself.
   void (*swiglu_backward)(const Matrix& dy, const Matrix& gate, const Matrix& up, int64_t m, int64_t n,
                           const MutMatrix& dgate, const MutMatrix& dup);
+  // Updates the averages; the means of sensitivity times uncertainty over each row (or column) to scores. rest1 and
+  // rest2: 1 - beta1 and 1 - beta2.
+  void (*importance)(const ImportanceMatrices& all, float beta1, float rest1, float beta2, float rest2, bool by_column,
+                     float* scores);
   // out [M, K] = x [M, K] with the dropout of `dropout` applied (for tests).
   void (*dropout)(const Matrix& x, int64_t m, int64_t k, const Dropout& dropout, const MutMatrix& out);
   // fp32 FMA peak of the calling core in GF/s, measured for about `seconds`: what benchmarks divide by.

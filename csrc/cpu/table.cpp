@@ -36,6 +36,7 @@ const Kernels table = {
     /*prefix_attend_backward=*/prefix_attend_backward,
     /*swiglu=*/swiglu,
     /*swiglu_backward=*/swiglu_backward,
+    /*importance=*/importance,
     /*dropout=*/dropout,
     /*fma_peak=*/fma_peak,
 };

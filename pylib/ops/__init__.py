@@ -20,9 +20,11 @@ from fusetune.ops.cross_entropy import cross_entropy
 from fusetune.ops.dequantize_4bit import dequantize_4bit
 from fusetune.ops.dora_linear import dora_linear
 from fusetune.ops.dora_norm import dora_norm
+from fusetune.ops.importance import importance
 from fusetune.ops.linear_4bit import linear_4bit
 from fusetune.ops.lora_linear import lora_linear
 from fusetune.ops.merge_lora import merge_lora
+from fusetune.ops.orthogonality import orthogonality
 from fusetune.ops.prefix_attention import prefix_attention
 from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 from fusetune.ops.quantize_4bit import quantize_4bit
@@ -41,9 +43,11 @@ __all__ = [
     "dora_norm",
     "extend_labels",
     "extend_mask",
+    "importance",
     "linear_4bit",
     "lora_linear",
     "merge_lora",
+    "orthogonality",
     "prefix_attention",
     "prompt_embed",
     "quantize_4bit",

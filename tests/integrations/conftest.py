@@ -10,6 +10,16 @@ from fusetune import ops
 
 stock_peft.patch()
 
+OPS = (
+    "lora_linear",
+    "dora_linear",
+    "linear_4bit",
+    "cross_entropy",
+    "swiglu",
+    "orthogonality",
+    "importance",
+)
+
 
 @pytest.fixture(autouse=True)
 def _kernel():
@@ -40,6 +50,6 @@ def calls(monkeypatch):
 
         return count
 
-    for name in ("lora_linear", "dora_linear", "linear_4bit", "cross_entropy", "swiglu"):
+    for name in OPS:
         monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
     return names
