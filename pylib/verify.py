@@ -24,6 +24,7 @@ from fusetune.bench import gpu_cases, prefix_cases, prompt_cases
 from fusetune.bench.bottleneck_cases import bottleneck
 from fusetune.bench.dora_cases import dora_linear
 from fusetune.bench.fusion_cases import adapter_fusion
+from fusetune.bench.importance_cases import importance
 from fusetune.bench.swiglu_cases import swiglu
 from fusetune.bench.timing import Case, relative_error, seeded
 from fusetune.ops import _cuda, _triton
@@ -123,6 +124,8 @@ def small_cases() -> Iterator[Case]:
         yield make.dequantize_4bit(N, K, dtype, double_quant=True)
         yield make.cross_entropy(M, N, dtype)
         yield swiglu(M, N, dtype)
+        yield importance([(5, K), (6, N)], 1, dtype)
+        yield importance([(K, 5), (N, 6)], 0, dtype)
         yield bottleneck(M, N, 20, dtype, activation="gelu")
         yield bottleneck(M, N, 20, dtype, dropout=0.3, rows=[M - 20, 0, 20])
         yield adapter_fusion(M, 5, N, dtype, train=True, dropout=0.3)

@@ -59,7 +59,7 @@ def active_adapter(layer: Any) -> SvdAdapter | str:
     if len(names) != 1:
         return f"{len(names)} active adapters" if names else "no active adapter"
     name = names[0]
-    parameters = [of[name] for of in held]
+    parameters: list[Any] = [of[name] for of in held]
     for key, parameter in zip(_PARAMETERS, parameters, strict=True):
         reason = special(parameter)
         if reason is not None:
@@ -75,7 +75,8 @@ def active_adapter(layer: Any) -> SvdAdapter | str:
     if reason is not None:
         return reason
     p = dropout.p if dropout_kind is nn.Dropout and dropout.training else 0.0
-    return SvdAdapter(*parameters, layer.scaling[name], p)
+    lora_A, lora_E, lora_B, ranknum = parameters
+    return SvdAdapter(lora_A, lora_E, lora_B, ranknum, layer.scaling[name], p)
 
 
 def freeze_ranknum(layer: Any) -> None:
@@ -164,7 +165,8 @@ class FusedAdaLoraModel(AdaLoraModel):
             return 0.0, [], []
         layers = triplets(self.model, name)
         rows, columns = [each.lora_A for each in layers], [each.lora_B for each in layers]
-        weight = self.peft_config[name].orth_reg_weight
+        config: Any = self.peft_config[name]
+        weight = config.orth_reg_weight
         if weight < 0:
             return "orth_reg_weight is negative"
         for parameter in rows + columns:

@@ -59,8 +59,8 @@ def _check_arguments(
             raise ValueError(f"{name} must be between 0 and 1, got {beta}")
     if dim not in (0, 1):
         raise ValueError(f"dim must be 0 or 1, got {dim}")
-    kind = weights[0].dtype, weights[0].device
     _check.check_float("weights[0]", weights[0])
+    kind = weights[0].dtype, weights[0].device
     shapes = [weight.shape for weight in weights]
     if any(len(shape) != 2 for shape in shapes):
         raise ValueError("weights must be matrices")
@@ -115,8 +115,7 @@ def _foreach(
         _decay(list(sensitivity), torch._foreach_mul(current, 1 - beta1), beta1)
         torch._foreach_sub_(current, list(sensitivity))
         torch._foreach_abs_(current)
-        torch._foreach_mul_(current, 1 - beta2)
-        _decay(list(uncertainty), current, beta2)
+        _decay(list(uncertainty), torch._foreach_mul(current, 1 - beta2), beta2)
     shapes: dict[torch.Size, list[int]] = {}
     for i, each in enumerate(sensitivity):
         shapes.setdefault(each.shape, []).append(i)
@@ -129,8 +128,10 @@ def _foreach(
 
 
 def _decay(average: list[Tensor], addend: Sequence[Tensor], beta: float) -> None:
-    torch._foreach_mul_(average, beta)
-    torch._foreach_add_(average, list(addend))
+    # Not in place: torch's product in place rounds 16-bit numbers otherwise on the CPU.
+    decayed = torch._foreach_mul(average, beta)
+    torch._foreach_add_(decayed, list(addend))
+    torch._foreach_copy_(average, decayed)
 
 
 OP = Op(

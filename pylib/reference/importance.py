@@ -31,7 +31,7 @@ def importance(
     for i, (s, u) in enumerate(zip(sensitivity, uncertainty, strict=True)):
         if grads is not None:
             current = (weights[i] * grads[i]).abs()
-            s.mul_(beta1).add_((1 - beta1) * current)
-            u.mul_(beta2).add_((1 - beta2) * (current - s).abs())
+            s.copy_(beta1 * s + (1 - beta1) * current)
+            u.copy_(beta2 * u + (1 - beta2) * (current - s).abs())
         scores.append((s * u).mean(dim))
     return torch.cat(scores)

@@ -262,6 +262,7 @@ CrossEntropyResults check_cross_entropy(const Kernels& kernels) {
 }
 
 #include "kernel_check_adapters.h"
+#include "kernel_check_importance.h"
 #include "kernel_check_prefix.h"
 #include "kernel_check_prompt.h"
 #include "kernel_check_swiglu.h"
@@ -311,5 +312,8 @@ int check_table(const Kernels& kernels) {
   report("swiglu", swiglu.y);
   report("swiglu: dgate", swiglu.dgate);
   report("swiglu: dup", swiglu.dup);
+  const ImportanceResults importance = check_importance(kernels);
+  report("importance: averages", importance.averages);
+  report("importance: scores", importance.scores);
   return report.failures;
 }

@@ -182,7 +182,9 @@ def test_fuse_and_unfuse_leave_no_trace(four_bit):
     fusetune.unfuse(model)
     for name, module in modules.items():
         assert (type(module), module.__dict__) == before[name]
-    assert {SVDLinear4bit if four_bit else SVDLinear, AdaLoraModel} <= set(map(type, modules.values()))
+    assert {SVDLinear4bit if four_bit else SVDLinear, AdaLoraModel} <= set(
+        map(type, modules.values())
+    )
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
@@ -201,7 +203,9 @@ def test_checkpoints_go_both_ways(tmp_path, four_bit, calls):
         calls.clear()
         torch.testing.assert_close(logits(loaded, inputs), expected)
         assert calls.count("lora_linear") == 7
-    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("stock", "fused")]
+    files = [
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("stock", "fused")
+    ]
     assert files[0] == files[1]
 
 
@@ -263,7 +267,7 @@ def test_4bit_merge_is_refused_as_by_peft():
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(four_bit, reentrant, calls):
-    stock, fused, inputs = pair(four_bit=four_bit, lora_dropout=0.3)
+    _, fused, inputs = pair(four_bit=four_bit, lora_dropout=0.3)
     expected = []
     for model in (fused, copy.deepcopy(fused)):
         if model is not fused:
