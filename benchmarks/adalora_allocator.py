@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import statistics
 import time
@@ -105,15 +106,15 @@ def measure(layers: int, rounds: int) -> dict[str, dict[str, float]]:
         mine.grad = None if theirs.grad is None else theirs.grad.clone()
     fusetune.fuse(ours)
     found = {}
-    kinds = {"update": 15, "update and prune": 20, "settle": SETTLED, "mask": SETTLED + 1}
-    for name, step in kinds.items():
+    for name, step in {"update": 15, "update and prune": 20, "mask": SETTLED + 1}.items():
+        if step > SETTLED:  # in between, once: it forgets the importances
+            stock.base_model.update_and_allocate(SETTLED)
+            update_and_allocate(ours, SETTLED)
         found[name] = pairs(
-            lambda step=step: stock.base_model.update_and_allocate(step),
-            lambda step=step: update_and_allocate(ours, step),
-            1 if step == SETTLED else rounds,  # settling forgets the importances
+            functools.partial(stock.base_model.update_and_allocate, step),
+            functools.partial(update_and_allocate, ours, step),
+            rounds,
         )
-        if step == SETTLED:
-            del found[name]
         patterns = [model.peft_config["default"].rank_pattern for model in (stock, ours)]
         if patterns[0] != patterns[1]:
             raise RuntimeError(f"{name}: the two have kept different triplets")

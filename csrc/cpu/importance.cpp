@@ -37,18 +37,18 @@ FUSETUNE_INLINE F product(const Elements& e, int64_t i, const Factors& by, const
   return mul(s, u);
 }
 
-// Calls f(j, products, lanes) for n elements from `first` on, a vector at a time.
+// Calls f(j, products) for n elements from `first` on, a vector at a time; the last one is filled up with zeros.
 template <class Function>
 FUSETUNE_INLINE void for_products(const Elements& e, int64_t first, int64_t n, const Factors& by, const Function& f) {
   int64_t j = 0;
   const auto whole = [](const float* p) { return load(p); };
   const auto put = [](float* p, F v) { store(p, v); };
-  for (; j + kLanes <= n; j += kLanes) f(j, product(e, first + j, by, whole, put), kLanes);
+  for (; j + kLanes <= n; j += kLanes) f(j, product(e, first + j, by, whole, put));
   if (j == n) return;
   const int lanes = static_cast<int>(n - j);
   const auto part = [lanes](const float* p) { return load_part(p, lanes); };
   const auto put_part = [lanes](float* p, F v) { store_part(p, v, lanes); };
-  f(j, product(e, first + j, by, part, put_part), lanes);  // load_part gives zeros beyond
+  f(j, product(e, first + j, by, part, put_part));
 }
 
 void mean_of_rows(const Elements& e, int64_t rows, int64_t cols, const Factors& by, float* scores) {
@@ -56,7 +56,8 @@ void mean_of_rows(const Elements& e, int64_t rows, int64_t cols, const Factors& 
     float total = 0;
     for (int64_t col = 0; col < cols; col += kBlock) {
       F sum = zero();
-      for_products(e, row * cols + col, std::min(kBlock, cols - col), by, [&](int64_t, F v, int) { sum = add(sum, v); });
+      const int64_t wide = std::min(kBlock, cols - col);
+      for_products(e, row * cols + col, wide, by, [&](int64_t, F v) { sum = add(sum, v); });
       total += hsum(sum);
     }
     scores[row] = total / static_cast<float>(cols);
@@ -71,7 +72,7 @@ void mean_of_columns(const Elements& e, int64_t rows, int64_t cols, const Factor
     const int64_t high = std::min(height, rows - row);
     for (int64_t col = 0; col < cols; col += width) {
       const int64_t wide = std::min(width, cols - col);  // less than all columns only where high is 1
-      for_products(e, row * cols + col, high * wide, by, [&](int64_t j, F v, int) { store(buffer + j, v); });
+      for_products(e, row * cols + col, high * wide, by, [&](int64_t j, F v) { store(buffer + j, v); });
       std::fill(part, part + wide, 0.f);
       for (int64_t i = 0; i < high; ++i) {
         for (int64_t j = 0; j < wide; ++j) part[j] += buffer[i * wide + j];

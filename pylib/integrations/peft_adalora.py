@@ -27,6 +27,7 @@ from fusetune.integrations.peft import Adapter, dense_dtype, fused_linear
 from fusetune.nn.adalora_layers import special, triplets
 
 _PARAMETERS = ("lora_A", "lora_E", "lora_B", "ranknum")
+_TRAINED = "_fusetune_trained_ranknum"  # in a layer: adapters whose ranknum PEFT would train
 EPS = 1e-5  # beside ranknum, as in PEFT
 
 
@@ -80,10 +81,19 @@ def active_adapter(layer: Any) -> SvdAdapter | str:
 
 
 def freeze_ranknum(layer: Any) -> None:
-    """Nothing trains `ranknum`, whoever computes the layer."""
-    for parameter in layer._modules["ranknum"]._parameters.values():
-        parameter.requires_grad_(False)
-        parameter.grad = None
+    """Nothing trains `ranknum` while the layer is fused, whoever computes it."""
+    for name, parameter in layer._modules["ranknum"]._parameters.items():
+        if parameter.requires_grad:
+            layer.__dict__.setdefault(_TRAINED, set()).add(name)
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def release_ranknum(layer: Any) -> None:
+    """Undoes `freeze_ranknum`."""
+    for name in layer.__dict__.pop(_TRAINED, ()):
+        if name in layer.ranknum:
+            layer.ranknum[name].requires_grad_()
 
 
 class FusedSVDLinear(SVDLinear):
@@ -95,6 +105,10 @@ class FusedSVDLinear(SVDLinear):
     def after_fuse(self) -> None:
         """After the class was swapped in, and when `fuse` comes again."""
         freeze_ranknum(self)
+
+    def before_unfuse(self) -> None:
+        """Before it is swapped out."""
+        release_ranknum(self)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., K] -> [..., N], as `adalora.SVDLinear.forward`."""

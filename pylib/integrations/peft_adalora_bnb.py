@@ -11,7 +11,12 @@ from torch import nn
 from fusetune.integrations._guards import call_reason, carrier, module_reason, no_kernel
 from fusetune.integrations.bitsandbytes import Linear4bit, dtype_fits
 from fusetune.integrations.peft import fused_linear
-from fusetune.integrations.peft_adalora import SvdAdapter, active_adapter, freeze_ranknum
+from fusetune.integrations.peft_adalora import (
+    SvdAdapter,
+    active_adapter,
+    freeze_ranknum,
+    release_ranknum,
+)
 
 
 class FusedSVDLinear4bit(SVDLinear4bit):
@@ -26,6 +31,10 @@ class FusedSVDLinear4bit(SVDLinear4bit):
     def after_fuse(self) -> None:
         """After the class was swapped in, and when `fuse` comes again."""
         freeze_ranknum(self)
+
+    def before_unfuse(self) -> None:
+        """Before it is swapped out."""
+        release_ranknum(self)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., K] -> [..., N], as `adalora.bnb.SVDLinear4bit.forward`."""

@@ -47,7 +47,9 @@ ImportanceResults check_importance(const Kernels& kernels) {
       kernels.importance(all, kBeta1, kRest1, kBeta2, kRest2, by_column, scores.data());
       Doubles averages;
       for (size_t i = 0; i < rows.size(); ++i) {
-        for (size_t j = 0; j < kept[2][i].size(); ++j) averages.push_back(kept[2][i][j]), averages.push_back(kept[3][i][j]);
+        for (size_t j = 0; j < kept[2][i].size(); ++j) {
+          averages.push_back(kept[2][i][j]), averages.push_back(kept[3][i][j]);
+        }
       }
       const std::string name = std::string(by_column ? "columns" : "rows") + (update ? "" : ", no update");
       compare(results.averages, averages, exact_averages, average_sizes, 2, Dtype::f32, name);

@@ -169,19 +169,25 @@ def test_d1_an_unfrozen_ranknum_has_no_gradient_on_the_fused_path():
 # --- what PEFT can do with a model ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("four_bit", [False, True])
-def test_fuse_and_unfuse_leave_no_trace(four_bit):
-    model, _ = adalora(four_bit=four_bit)
+def test_fuse_and_unfuse_leave_no_trace(four_bit, dtype):
+    model, _ = adalora(four_bit=four_bit, dtype=dtype)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("ranknum" in name for name in trained) == (dtype == torch.bfloat16 and not four_bit)
     modules = dict(model.named_modules())
     before = {name: (type(m), dict(m.__dict__)) for name, m in modules.items()}
     keys = list(model.state_dict())
     fusetune.fuse(model)
+    fusetune.fuse(model)
     assert list(model.state_dict()) == keys
+    assert not any(p.requires_grad for p in ranknums(model).values())
     kinds = {type(m) for m in model.modules()}
     assert {FusedAdaLoraModel, FusedSVDLinear4bit if four_bit else FusedSVDLinear} <= kinds
     fusetune.unfuse(model)
     for name, module in modules.items():
         assert (type(module), module.__dict__) == before[name]
+    assert trained == [name for name, p in model.named_parameters() if p.requires_grad]
     assert {SVDLinear4bit if four_bit else SVDLinear, AdaLoraModel} <= set(
         map(type, modules.values())
     )
