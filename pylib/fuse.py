@@ -42,8 +42,8 @@ def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
 
     Covers PEFT's LoRA and AdaLoRA on dense and on bitsandbytes' 4-bit linear layers, 4-bit layers
     without an adapter, PEFT's prefix tuning, the activation of transformers' gated MLPs with SiLU,
-    and, with `loss`, transformers' language-model losses. Call it once the adapters are in place; another
-    call covers what was added since and changes nothing else.
+    and, with `loss`, transformers' language-model losses. Call it once the adapters are in place;
+    another call covers what was added since and changes nothing else.
 
     A 4-bit weight that bitsandbytes has repacked for its CPU kernel gets its plain layout back.
     What a layer cannot do exactly runs its library's own code, and the report says why. Raises
