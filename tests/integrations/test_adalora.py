@@ -320,6 +320,18 @@ def test_compiled_layer_is_one_graph(fresh_compiler):
         assert_same(got, expected)
 
 
+def test_compiled_model_with_its_loss_is_one_graph(fresh_compiler):
+    """Stock PEFT's regulariser breaks it."""
+    _, fused, inputs = pair()
+    expected = step(fused, inputs)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    got = step(compiled, inputs)
+    assert_same(got["loss"], expected["loss"])
+    for name, value in expected.items():
+        if name not in ("loss", "logits"):
+            assert_same(got[f"_orig_mod.{name}"], value, name)
+
+
 # --- what is not fused ----------------------------------------------------------------------------
 
 
