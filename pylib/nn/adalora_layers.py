@@ -41,15 +41,17 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
         name, module = stack.pop()
-        if module in seen:
+        below = module._modules
+        if not below or id(module) in seen:
             continue
-        seen.add(module)
-        if "lora_E" in module._modules:
+        seen.add(id(module))
+        if "lora_E" in below:
             yield name, module
             continue
         prefix = f"{name}." if name else ""
-        below = [(prefix + key, child) for key, child in module._modules.items()]
-        stack += [(path, child) for path, child in reversed(below) if child is not None]
+        stack += [
+            (prefix + key, child) for key, child in reversed(below.items()) if child is not None
+        ]
 
 
 def special(parameter: torch.Tensor) -> str | None:

@@ -60,7 +60,7 @@ def _check_arguments(
     if dim not in (0, 1):
         raise ValueError(f"dim must be 0 or 1, got {dim}")
     _check.check_float("weights[0]", weights[0])
-    kind = weights[0].dtype, weights[0].device
+    dtype, device = weights[0].dtype, weights[0].device
     shapes = [weight.shape for weight in weights]
     if any(len(shape) != 2 for shape in shapes):
         raise ValueError("weights must be matrices")
@@ -71,8 +71,10 @@ def _check_arguments(
             continue
         if [each.shape for each in tensors] != shapes:
             raise ValueError(f"{name} must have the {len(shapes)} shapes of weights")
-        if any((each.dtype, each.device) != kind for each in tensors):
-            raise TypeError(f"{name} must all be {kind[0]} on {kind[1]}, as weights[0]")
+        if {each.dtype for each in tensors} != {dtype} or {each.device for each in tensors} != {
+            device
+        }:
+            raise TypeError(f"{name} must all be {dtype} on {device}, as weights[0]")
 
 
 def _on_cpu(

@@ -168,6 +168,17 @@ def test_training_resumed_from_a_checkpoint_reaches_the_target(tmp_path):
     assert left == 3 * 7
 
 
+def test_a_layer_whose_triplets_were_loaded_anew_starts_afresh():
+    """As when a checkpoint with fewer of them is loaded into a model in training."""
+    model, inputs = adalora()
+    train(model, inputs, update_and_allocate, 4)
+    tuner = model.base_model
+    [name, *_] = tuner.peft_config["default"].rank_pattern
+    tuner.resize_modules_by_rank_pattern({name: [True] * 5 + [False]}, "default")
+    train(model, inputs, update_and_allocate, 5)
+    assert tuner.rankallocator.exp_avg_ipt[name].shape == (5, 1)
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 

@@ -147,6 +147,7 @@ SHORT, OTHER = [torch.ones(2, 3)], [torch.ones(2, 3), torch.ones(3, 2)]
             TypeError,
             "uncertainty must all be torch.float32",
         ),
+        (change(3, [torch.ones(2, 3, device="meta")] * 2), TypeError, "uncertainty must all be"),
         (change(4, 1.0), ValueError, "beta1 must be between 0 and 1, got 1.0"),
         (change(5, 0), ValueError, "beta2 must be between 0 and 1, got 0"),
         (change(6, -1), ValueError, "dim must be 0 or 1, got -1"),

@@ -78,6 +78,7 @@ def _foreign(layers: list[Triplets]) -> bool:
 def _scores(layers: list[Triplets], allocator: Any, adapter: str, update: bool) -> Tensor:
     """Brings the importances up to date, and joins those of all triplets."""
     total: Tensor | int = 0
+    _forget_other_ranks(layers, allocator, adapter)
     for key, dim in (("lora_A", 1), ("lora_B", 0), ("lora_E", 1)):
         names = [f"{each.name}.{key}.{adapter}" for each in layers]
         weights = [getattr(each, key) for each in layers]
@@ -94,9 +95,20 @@ def _scores(layers: list[Triplets], allocator: Any, adapter: str, update: bool) 
 
 def _averages(kept: dict[str, Tensor], names: list[str], weights: list[Tensor]) -> list[Tensor]:
     for name, weight in zip(names, weights, strict=True):
-        if name not in kept or kept[name].shape != weight.shape:
+        if name not in kept:
             kept[name] = torch.zeros_like(weight)
     return [kept[name] for name in names]
+
+
+def _forget_other_ranks(layers: list[Triplets], allocator: Any, adapter: str) -> None:
+    """Drops the averages of layers whose triplets were loaded anew, in another number."""
+    for each in layers:
+        known = allocator.exp_avg_ipt.get(f"{each.name}.lora_E.{adapter}")
+        if known is None or known.shape == each.lora_E.shape:
+            continue
+        for kept in (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc):
+            for key in ("lora_A", "lora_B", "lora_E"):
+                kept.pop(f"{each.name}.{key}.{adapter}", None)
 
 
 def _gradients(names: list[str], weights: list[Tensor]) -> list[Tensor]:
