@@ -75,6 +75,7 @@ bool has(const std::string& name) {
   if (name == "prefix_attend") return k.prefix_attend;
   if (name == "prefix_attend_backward") return k.prefix_attend_backward;
   if (name == "swiglu") return k.swiglu;
+  if (name == "importance") return k.importance;
   if (name == "swiglu_backward") return k.swiglu_backward;
   if (name == "scale_columns") return k.scale_columns;
   if (name == "scale_columns_backward") return k.scale_columns_backward;
@@ -271,5 +272,6 @@ PYBIND11_MODULE(_C, m) {
   bind_prompts(m);
   bind_swiglu(m);
   bind_scale_columns(m);
+  bind_adalora(m);
   bind_loss(m);
 }

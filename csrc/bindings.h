@@ -58,6 +58,8 @@ void bind_norm(pybind11::module_& m);
 void bind_blocks(pybind11::module_& m);
 // Adds those of layers under several LoRA adapters.
 void bind_multi_lora(pybind11::module_& m);
+// Adds those of AdaLoRA.
+void bind_adalora(pybind11::module_& m);
 // Adds those of attention to a prefix.
 void bind_prefix(pybind11::module_& m);
 // Adds the kernels of prompts.

@@ -48,6 +48,8 @@ _METHODS = (
 )
 _LAZY = {
     **dict.fromkeys(_METHODS, "fusetune.methods"),
+    "AdaLoraCallback": "fusetune.methods.adalora.callback",
+    "compact": "fusetune.methods.adalora.compact",
     "load_adapterhub": "fusetune.integrations.adapterhub",
     "load_peft_prompts": "fusetune.integrations.prompt_checkpoints",
     "merge_ia3_4bit": "fusetune.integrations.peft_ia3_merge",

@@ -32,6 +32,8 @@ _LAYERS = {
     "peft_ia3_bnb": ("peft", "bitsandbytes"),
     "peft_lora_model": ("peft",),
     "peft_prompts": ("peft",),
+    "peft_adalora": ("peft",),
+    "peft_adalora_bnb": ("peft", "bitsandbytes"),
     "transformers_mlp": ("transformers",),
     "transformers_norm": ("transformers",),
 }
@@ -46,12 +48,12 @@ _BOUND = {
 def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
     """Fuses what can be fused of a model, in place, and reports on every layer concerned.
 
-    Covers PEFT's LoRA and IA3 on dense and on bitsandbytes' 4-bit linear layers, LoRA on token
-    embeddings, convolutions and transformers' experts, PEFT's prefix tuning, 4-bit layers without
-    an adapter, the activation of transformers' gated MLPs, on CPUs their norms and the other linear
-    layers that are frozen and fp32, and, with `loss`, transformers' language-model losses. Call it
-    once the adapters are in place; another call covers what was added since and changes nothing
-    else.
+    Covers PEFT's LoRA, AdaLoRA and IA3 on dense and on bitsandbytes' 4-bit linear layers, LoRA on
+    token embeddings, convolutions and transformers' experts, PEFT's prefix tuning, 4-bit layers
+    without an adapter, the activation of transformers' gated MLPs, on CPUs their norms and the
+    other linear layers that are frozen and fp32, and, with `loss`, transformers' language-model
+    losses. Call it once the adapters are in place; another call covers what was added since and
+    changes nothing else.
 
     A 4-bit weight that bitsandbytes has repacked for its CPU kernel gets its plain layout back.
     What a layer cannot do exactly runs its library's own code, and the report says why. Raises

@@ -26,6 +26,7 @@ from fusetune.bench.bottleneck_cases import bottleneck
 from fusetune.bench.dora_cases import dora_linear
 from fusetune.bench.fusion_cases import adapter_fusion
 from fusetune.bench.ia3_cases import bias_gradient, ia3_linear
+from fusetune.bench.importance_cases import importance
 from fusetune.bench.multi_lora_cases import multi_lora_linear
 from fusetune.bench.swiglu_cases import swiglu
 from fusetune.bench.timing import Case, relative_error, seeded
@@ -127,6 +128,8 @@ def small_cases() -> Iterator[Case]:
         yield make.cross_entropy(M, N, dtype)
         yield swiglu(M, N, dtype)
         yield bias_gradient(2 * M, N, dtype)
+        yield importance([(5, K), (6, N)], 1, dtype)
+        yield importance([(K, 5), (N, 6)], 0, dtype)
         yield bottleneck(M, N, 20, dtype, activation="gelu")
         yield bottleneck(M, N, 20, dtype, dropout=0.3, rows=[M - 20, 0, 20])
         yield adapter_fusion(M, 5, N, dtype, train=True, dropout=0.3)

@@ -47,6 +47,7 @@ Function<decltype(Kernels::swiglu)> swiglu;
 Function<decltype(Kernels::swiglu_backward)> swiglu_backward;
 Function<decltype(Kernels::scale_columns)> scale_columns;
 Function<decltype(Kernels::scale_columns_backward)> scale_columns_backward;
+Function<decltype(Kernels::importance)> importance;
 Function<decltype(Kernels::dropout)> dropout;
 Function<decltype(Kernels::fma_peak)> fma_peak;
 

@@ -155,6 +155,15 @@ struct PrefixGradients {
   float *dkey, *dvalue;
 };
 
+// Many small matrices, fp32 without gaps, and their moving averages. grads[i] null: those of i stay as they are. first:
+// where the scores of each begin.
+struct ImportanceMatrices {
+  int64_t count;
+  const float *const *weights, *const *grads;
+  float *const *sensitivity, *const *uncertainty;
+  const int64_t *rows, *cols, *first;
+};
+
 struct Kernels {
   const char* isa;
   int lanes;  // fp32 lanes of a vector
@@ -249,6 +258,10 @@ struct Kernels {
   // those that are not needed; x is read for dscale only, and scale for dx.
   void (*scale_columns_backward)(const Matrix& dy, const Matrix& x, int64_t m, int64_t n, const float* scale,
                                  const MutMatrix& dx, float* dscale, float* dbias);
+  // Updates the averages; the means of sensitivity times uncertainty over each row (or column) to scores. rest1 and
+  // rest2: 1 - beta1 and 1 - beta2.
+  void (*importance)(const ImportanceMatrices& all, float beta1, float rest1, float beta2, float rest2, bool by_column,
+                     float* scores);
   // out [M, K] = x [M, K] with the dropout of `dropout` applied (for tests).
   void (*dropout)(const Matrix& x, int64_t m, int64_t k, const Dropout& dropout, const MutMatrix& out);
   // fp32 FMA peak of the calling core in GF/s, measured for about `seconds`: what benchmarks divide by.

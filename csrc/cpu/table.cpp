@@ -44,6 +44,7 @@ const Kernels table = {
     /*swiglu_backward=*/swiglu_backward,
     /*scale_columns=*/scale_columns,
     /*scale_columns_backward=*/scale_columns_backward,
+    /*importance=*/importance,
     /*dropout=*/dropout,
     /*fma_peak=*/fma_peak,
 };

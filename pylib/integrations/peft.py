@@ -196,16 +196,8 @@ class FusedLinear(lora.Linear):
         if type(base) is Conv1D:  # stored [K, N]
             weight = weight.t()
         bias = base._parameters.get("bias")
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        # What F.linear would compute in, and so give back.
-        dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-        castable = autocast and x.dtype in KERNEL_DTYPES
-        if (x.dtype != dtype and not castable) or not (
-            self.cast_input_dtype_enabled or x.dtype == adapter.lora_A.dtype
-        ):
-            return super().forward(x, **kwargs)
-        if no_kernel(adapter.op, device, dtype, weight.dtype):
+        dtype = dense_dtype(self, x, weight, adapter.lora_A.dtype)
+        if dtype is None or no_kernel(adapter.op, x.device.type, dtype, weight.dtype):
             return super().forward(x, **kwargs)
         return fused_linear(x.to(dtype), weight, bias, adapter)
 
@@ -235,6 +227,22 @@ class FusedLinear(lora.Linear):
     def present_method(self) -> str:
         """LoRA or DoRA, for the report."""
         return present_method(self, self.method)
+
+
+def dense_dtype(
+    layer: Any, x: torch.Tensor, weight: torch.Tensor, adapter: torch.dtype
+) -> torch.dtype | None:
+    """The dtype in which F.linear would compute x weight^T, and which it would give back.
+
+    None where it, or PEFT's layer with an adapter of the given dtype, would refuse x.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    castable = autocast and x.dtype in KERNEL_DTYPES
+    if x.dtype != dtype and not castable:
+        return None
+    return dtype if layer.cast_input_dtype_enabled or x.dtype == adapter else None
 
 
 def fused_linear(
@@ -293,5 +301,6 @@ def unsupported(module: nn.Module) -> tuple[str, str] | None:
     kind = type(module)
     package = kind.__module__.removeprefix("peft.tuners.").split(".")[0]
     method = "LoRA" if isinstance(module, lora.LoraLayer) else package
+    method = "AdaLoRA" if package == "adalora" else method
     name = f"{package}.{kind.__name__}"
     return method, _LEFT_TO_PEFT.get(name, f"{name} has no fused path")

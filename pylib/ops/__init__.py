@@ -21,6 +21,7 @@ from fusetune.ops.dequantize_4bit import dequantize_4bit
 from fusetune.ops.dora_linear import dora_linear
 from fusetune.ops.dora_norm import dora_norm
 from fusetune.ops.ia3_linear import ia3_linear
+from fusetune.ops.importance import importance
 from fusetune.ops.linear import linear
 from fusetune.ops.linear_4bit import linear_4bit
 from fusetune.ops.lora_embedding import lora_embedding
@@ -29,6 +30,7 @@ from fusetune.ops.lora_linear import lora_linear
 from fusetune.ops.lora_up import lora_up
 from fusetune.ops.merge_lora import merge_lora
 from fusetune.ops.multi_lora_linear import multi_lora_linear
+from fusetune.ops.orthogonality import orthogonality
 from fusetune.ops.prefix_attention import prefix_attention
 from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 from fusetune.ops.quantize_4bit import quantize_4bit
@@ -50,6 +52,7 @@ __all__ = [
     "extend_labels",
     "extend_mask",
     "ia3_linear",
+    "importance",
     "linear",
     "linear_4bit",
     "lora_embedding",
@@ -58,6 +61,7 @@ __all__ = [
     "lora_up",
     "merge_lora",
     "multi_lora_linear",
+    "orthogonality",
     "prefix_attention",
     "prompt_embed",
     "quantize_4bit",

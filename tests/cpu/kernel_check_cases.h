@@ -264,6 +264,7 @@ CrossEntropyResults check_cross_entropy(const Kernels& kernels) {
 
 #include "kernel_check_adapters.h"
 #include "kernel_check_multi_lora.h"
+#include "kernel_check_importance.h"
 #include "kernel_check_prefix.h"
 #include "kernel_check_prompt.h"
 #include "kernel_check_scale_columns.h"
@@ -326,5 +327,8 @@ int check_table(const Kernels& kernels) {
   report("scale_columns_backward: dx", columns.dx);
   report("scale_columns_backward: dscale", columns.dscale);
   report("scale_columns_backward: dbias", columns.dbias);
+  const ImportanceResults importance = check_importance(kernels);
+  report("importance: averages", importance.averages);
+  report("importance: scores", importance.scores);
   return report.failures;
 }

@@ -17,12 +17,14 @@ COUNTED = (
     "cross_entropy",
     "dora_linear",
     "ia3_linear",
+    "importance",
     "linear_4bit",
     "lora_embedding",
     "lora_grouped_linear",
     "lora_linear",
     "lora_up",
     "multi_lora_linear",
+    "orthogonality",
     "swiglu",
 )
 
