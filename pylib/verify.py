@@ -20,11 +20,10 @@ import torch
 
 from fusetune import _native, ops
 from fusetune.bench import cases as make
-from fusetune.bench import gpu_cases, prefix_cases, prompt_cases
+from fusetune.bench import glu_cases, gpu_cases, prefix_cases, prompt_cases
 from fusetune.bench.bottleneck_cases import bottleneck
 from fusetune.bench.dora_cases import dora_linear
 from fusetune.bench.fusion_cases import adapter_fusion
-from fusetune.bench.swiglu_cases import swiglu
 from fusetune.bench.timing import Case, relative_error, seeded
 from fusetune.ops import _cuda, _triton
 
@@ -122,7 +121,7 @@ def small_cases() -> Iterator[Case]:
         yield make.quantize_4bit(N, K, dtype)
         yield make.dequantize_4bit(N, K, dtype, double_quant=True)
         yield make.cross_entropy(M, N, dtype)
-        yield swiglu(M, N, dtype)
+        yield from glu_cases.small_cases(M, N, dtype)
         yield bottleneck(M, N, 20, dtype, activation="gelu")
         yield bottleneck(M, N, 20, dtype, dropout=0.3, rows=[M - 20, 0, 20])
         yield adapter_fusion(M, 5, N, dtype, train=True, dropout=0.3)

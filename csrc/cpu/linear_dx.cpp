@@ -1,4 +1,4 @@
-// dx [M, K] = dy [M, N] . W [N, K] + mask * scale * left [M, r] . right [r, K], W 4-bit or dense.
+// dx [M, K] = dy [M, N] . W [N, K] + mask * scale * left [M, r] . right [r, K], W 4-bit or dense; or added to dx.
 //
 // The tail goes into the accumulators first, is masked there, and then the main product is added: nothing of the
 // size of dx exists but dx.
@@ -32,7 +32,7 @@ void mask_block(Block<RowsAreDepth>& block, const Dropout& dropout, int64_t k) {
 }  // namespace
 
 void linear_dx(const Matrix& dy, int64_t m, int64_t n, int64_t k, const Weight& w, const LowRank& tail,
-               const Dropout& dropout, const MutMatrix& dx) {
+               const Dropout& dropout, bool add, const MutMatrix& dx) {
   const Term low_rank{
       {tail.left, tail.rank, Dtype::f32}, dense_rows({tail.right, k, Dtype::f32}, tail.scale), tail.rank};
   with_elements(dy, w, n, [&](auto elements) {
@@ -42,6 +42,7 @@ void linear_dx(const Matrix& dy, int64_t m, int64_t n, int64_t k, const Weight& 
       block.fill(nullptr);
       block.template accumulate<Floats>(low_rank);
       if (tail.rank && dropout.threshold) mask_block(block, dropout, k);
+      if (add) block.add(dx);
       block.template accumulate<Elements>(main);
       block.write(dx);
     });

@@ -34,8 +34,8 @@ const Kernels table = {
     /*prompt_embed_dweight=*/prompt_embed_dweight,
     /*prefix_attend=*/prefix_attend,
     /*prefix_attend_backward=*/prefix_attend_backward,
-    /*swiglu=*/swiglu,
-    /*swiglu_backward=*/swiglu_backward,
+    /*glu=*/glu,
+    /*glu_backward=*/glu_backward,
     /*dropout=*/dropout,
     /*fma_peak=*/fma_peak,
 };

@@ -20,6 +20,7 @@ from .bottleneck_cases import bottleneck
 from .cases import EXACT, NAMES, quantized
 from .dora_cases import dora_linear
 from .fusion_cases import adapter_fusion
+from .glu_cases import glu
 from .prefix_cases import prefix_attention
 from .prompt_cases import prompt_embed
 from .timing import Case
@@ -42,6 +43,7 @@ def triton_cases() -> Iterator[Case]:
         yield lora(19, 40, 104, dtype, "augmented", dense=True)
         yield bottleneck(37, 104, 20, dtype, activation="gelu", dropout=0.3)
         yield bottleneck(40, 72, 5, dtype, rows=[7, 0, 33])
+        yield glu(9, 520, dtype, "gelu_new")
         yield adapter_fusion(9, 3, 72, dtype, train=True, dropout=0.3)
         yield prefix_attention(2, 4, 2, 9, 9, 20, 7, dtype, train=True)
         options: dict[str, Any] = {"dropout": 0.3, "rows": [1, -1, 0]}

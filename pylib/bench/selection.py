@@ -17,9 +17,9 @@ from .cases import (
 )
 from .dora_cases import dora_linear_cases
 from .fusion_cases import adapter_fusion_cases
+from .glu_cases import geglu_cases, swiglu_cases
 from .prefix_cases import prefix_attention_cases
 from .prompt_cases import prompt_embed_cases
-from .swiglu_cases import swiglu_cases
 from .timing import Case
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -95,4 +95,5 @@ OPS: dict[str, Callable[[bool, int, int], Iterator[Case]]] = {
     "prefix_attention": prefix_attention_cases,
     "prompt_embed": prompt_embed_cases,
     "swiglu": swiglu_cases,
+    "geglu": geglu_cases,
 }

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fusetune import ops
+from fusetune.integrations import _groups
 from fusetune.integrations._guards import (
     KERNEL_DTYPES,
     call_reason,
@@ -40,6 +41,15 @@ class Adapter(NamedTuple):
     @property
     def op(self) -> str:
         return "lora_linear" if self.magnitude is None else "dora_linear"
+
+
+class Call(NamedTuple):
+    """A call that is to be fused: what a layer's op takes besides x."""
+
+    dtype: torch.dtype  # that x is cast to
+    weight: Any
+    bias: torch.Tensor | None
+    adapter: Adapter
 
 
 def active_adapter(layer: Any) -> Adapter | str:
@@ -119,9 +129,14 @@ class FusedLinear(lora.Linear):
         """x [..., K] -> [..., N], as `lora.Linear.forward`."""
         if args or kwargs:  # adapter_names, alora_offsets
             return super().forward(x, *args, **kwargs)
+        call = self.fused_call(x)
+        return super().forward(x) if call is None else fused_linear(self, x, call)
+
+    def fused_call(self, x: torch.Tensor) -> Call | None:
+        """What is fused of a call with x; None: PEFT's forward has to run."""
         adapter = self._fused_adapter()
         if isinstance(adapter, str) or call_reason(x) is not None:
-            return super().forward(x)
+            return None
         base: Any = self._modules["base_layer"]
         weight = base._parameters["weight"]
         bias = base._parameters.get("bias")
@@ -133,10 +148,10 @@ class FusedLinear(lora.Linear):
         if (x.dtype != dtype and not castable) or not (
             self.cast_input_dtype_enabled or x.dtype == adapter.lora_A.dtype
         ):
-            return super().forward(x)
+            return None
         if no_kernel(adapter.op, device, dtype, weight.dtype):
-            return super().forward(x)
-        return fused_linear(x.to(dtype), weight, bias, adapter)
+            return None
+        return Call(dtype, weight, bias, adapter)
 
     def _fused_adapter(self) -> Adapter | str:
         base: Any = self._modules["base_layer"]
@@ -166,28 +181,30 @@ class FusedLinear(lora.Linear):
         return present_method(self, self.method)
 
 
-def fused_linear(
-    x: torch.Tensor, weight: Any, bias: torch.Tensor | None, adapter: Adapter
-) -> torch.Tensor:
-    """`ops.lora_linear` or `ops.dora_linear` with the arguments of an adapter."""
+def fused_linear(layer: Any, x: torch.Tensor, call: Call) -> torch.Tensor:
+    """The layer's result by `ops.lora_linear` or `ops.dora_linear`, or of a group it belongs to."""
+    adapter = call.adapter
     if adapter.magnitude is not None:
         return ops.dora_linear(
-            x,
-            weight,
+            x.to(call.dtype),
+            call.weight,
             adapter.lora_A,
             adapter.lora_B,
             adapter.scaling,
             adapter.magnitude,
-            bias=bias,
+            bias=call.bias,
             dropout_p=adapter.dropout_p,
         )
+    y = _groups.shared(layer, x, call)
+    if y is not None:
+        return y
     return ops.lora_linear(
-        x,
-        weight,
+        x.to(call.dtype),
+        call.weight,
         adapter.lora_A,
         adapter.lora_B,
         adapter.scaling,
-        bias=bias,
+        bias=call.bias,
         lora_bias=adapter.lora_bias,
         dropout_p=adapter.dropout_p,
     )

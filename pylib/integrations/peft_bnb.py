@@ -10,7 +10,13 @@ from torch import nn
 
 from fusetune.integrations._guards import call_reason, carrier, module_reason, no_kernel
 from fusetune.integrations.bitsandbytes import Linear4bit, dtype_fits
-from fusetune.integrations.peft import Adapter, active_adapter, fused_linear, present_method
+from fusetune.integrations.peft import (
+    Adapter,
+    Call,
+    active_adapter,
+    fused_linear,
+    present_method,
+)
 
 
 class FusedLinear4bit(PeftLinear4bit):
@@ -27,9 +33,14 @@ class FusedLinear4bit(PeftLinear4bit):
         """x [..., K] -> [..., N], as `lora.bnb.Linear4bit.forward`."""
         if args or kwargs:  # adapter_names, alora_offsets
             return super().forward(x, *args, **kwargs)
+        call = self.fused_call(x)
+        return super().forward(x) if call is None else fused_linear(self, x, call)
+
+    def fused_call(self, x: torch.Tensor) -> Call | None:
+        """What is fused of a call with x; None: PEFT's forward has to run."""
         adapter = self._fused_adapter()
         if isinstance(adapter, str) or call_reason(x) is not None:
-            return super().forward(x)
+            return None
         base: Any = self._modules["base_layer"]
         weight = base.fused_weight()
         device = x.device.type
@@ -40,8 +51,8 @@ class FusedLinear4bit(PeftLinear4bit):
             or no_kernel(adapter.op, device, x.dtype)
             or (adapter.magnitude is not None and widens(x))
         ):
-            return super().forward(x)
-        return fused_linear(x, weight, base._parameters.get("bias"), adapter)
+            return None
+        return Call(x.dtype, weight, base._parameters.get("bias"), adapter)
 
     def _fused_adapter(self) -> Adapter | str:
         base: Any = self._modules["base_layer"]

@@ -20,17 +20,19 @@ from fusetune.ops.cross_entropy import cross_entropy
 from fusetune.ops.dequantize_4bit import dequantize_4bit
 from fusetune.ops.dora_linear import dora_linear
 from fusetune.ops.dora_norm import dora_norm
+from fusetune.ops.glu import glu
 from fusetune.ops.linear_4bit import linear_4bit
 from fusetune.ops.lora_linear import lora_linear
+from fusetune.ops.lora_linear_group import LoraProjection, lora_linear_group
 from fusetune.ops.merge_lora import merge_lora
 from fusetune.ops.prefix_attention import prefix_attention
 from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 from fusetune.ops.quantize_4bit import quantize_4bit
-from fusetune.ops.swiglu import swiglu
 
 __all__ = [
     "OPS",
     "Case",
+    "LoraProjection",
     "adapter_fusion",
     "backend",
     "bottleneck",
@@ -41,8 +43,10 @@ __all__ = [
     "dora_norm",
     "extend_labels",
     "extend_mask",
+    "glu",
     "linear_4bit",
     "lora_linear",
+    "lora_linear_group",
     "merge_lora",
     "prefix_attention",
     "prompt_embed",
@@ -50,6 +54,5 @@ __all__ = [
     "set_backend",
     "set_decode_int16",
     "set_isa",
-    "swiglu",
     "use_backend",
 ]

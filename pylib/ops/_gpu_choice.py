@@ -78,8 +78,12 @@ def use_way(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(problem: Problem, ways: Ways) -> Callable[[], Tensor]:
-    """One of `ways`, of which there is at least one."""
+def choose(problem: Problem, ways: Ways, repeatable: bool = True) -> Callable[[], Tensor]:
+    """One of `ways`, of which there is at least one.
+
+    repeatable: a way may be run more often than once. Those that add to what is there may not, and
+    are never measured.
+    """
     if _forced in ways:
         return ways[_forced]
     if len(ways) == 1:
@@ -89,7 +93,7 @@ def choose(problem: Problem, ways: Ways) -> Callable[[], Tensor]:
     if name in ways:
         return ways[name]
     device = problem.device
-    if tuning() and not _capturing(device):
+    if repeatable and tuning() and not _capturing(device):
         name = min(ways, key=lambda way: _seconds(ways[way], device))
         measured[key] = name
         _save(measured)

@@ -40,6 +40,13 @@ def calls(monkeypatch):
 
         return count
 
-    for name in ("lora_linear", "dora_linear", "linear_4bit", "cross_entropy", "swiglu"):
+    for name in ("lora_linear", "dora_linear", "linear_4bit", "cross_entropy", "glu"):
         monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
+    group = ops.lora_linear_group
+
+    def count_each(x, projections, **options):
+        names.extend(["lora_linear"] * len(projections))
+        return group(x, projections, **options)
+
+    monkeypatch.setattr(ops, "lora_linear_group", count_each)
     return names
