@@ -167,7 +167,8 @@ def _tiles(
     # Of several, masks and the parts of each dS are held at once.
     masked = quads is not None
     cols = 64 if wide * terms <= (48 if masked else 128) else 32
-    return 32 if masked or ranks > 32 else 64, cols, 8 if masked or wide > 32 else 4, 3
+    rows = 64 if ranks <= 32 and not masked else 16 if masked and wide > 128 else 32
+    return rows, cols, 8 if masked or wide > 32 else 4, 3
 
 
 def launch_lora_da(

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_ATTENTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
+_PROJECTIONS = frozenset(name for names in _ATTENTIONS for name in names)
 # What may be called on the way from one projection to the next: nothing that draws or writes.
 _HARMLESS = frozenset(
     ("view", "reshape", "transpose", "permute", "unflatten", "contiguous", "q_norm", "k_norm")
@@ -66,10 +67,10 @@ def link(model: nn.Module) -> None:
     """Notes for each attention of a model which of its projections have one x."""
     for module in model.modules():
         children = module._modules
-        if not all(name in children for name in _PROJECTIONS):
+        if not any(all(name in children for name in names) for names in _ATTENTIONS):
             continue
-        for name, others in later(type(module)).items():
-            layer = children[name]
+        for name, others in later(type(module)).items():  # type: ignore[arg-type]
+            layer = children.get(name)
             if layer is not None and others:
                 _LINKS[layer] = weakref.ref(module), others
 
@@ -143,7 +144,7 @@ def _same(made: Call, call: Call) -> bool:
 
 def _equal(one: float | Tensor, other: float | Tensor) -> bool:
     numbers = not isinstance(one, Tensor) and not isinstance(other, Tensor)
-    return one is other or (numbers and one == other)
+    return one is other or (numbers and bool(one == other))
 
 
 def _versions(call: Call) -> tuple[int, ...]:
@@ -238,7 +239,7 @@ def _projection(statement: ast.stmt) -> tuple[str, str] | None:
         if not isinstance(node, ast.Call):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else None
-        if name in _PROJECTIONS and found is None and _is_self(node.func):
+        if name in _PROJECTIONS and found is None and _is_of_self(node.func):
             given = node.args[0] if len(node.args) == 1 and not node.keywords else None
             if not isinstance(given, ast.Name):
                 return None
@@ -251,5 +252,6 @@ def _projection(statement: ast.stmt) -> tuple[str, str] | None:
     return found
 
 
-def _is_self(function: ast.Attribute) -> bool:
-    return isinstance(function.value, ast.Name) and function.value.id == "self"
+def _is_of_self(function: ast.expr) -> bool:
+    owner = function.value if isinstance(function, ast.Attribute) else None
+    return isinstance(owner, ast.Name) and owner.id == "self"

@@ -7,9 +7,9 @@ projection, and the others added to it in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -199,17 +199,16 @@ def _together(projections: Sequence[Projection]) -> list[list[int]]:
     return [run for known in runs.values() for run in known]
 
 
-def _impls(function: object) -> tuple[Impl, Impl]:
-    by_cpu, by_triton = (partial(function, parts) for parts in (_ByCpu, _ByTriton))  # type: ignore[arg-type]
-    return (
-        Impl("triton", by_triton, _triton.supports, 20),
-        Impl("cpu", by_cpu, _cpu_supports, 10),
-    )
-
-
 def _cpu_supports(case: Case) -> str | None:
     kernels = ("lora_shrink", "linear", "lora_ds_db", "lora_da", "linear_dx", "dropout")
     return _cpu.supports(*kernels)(case)
+
+
+def _impls(function: Callable[..., Any]) -> tuple[Impl, Impl]:
+    return (
+        Impl("triton", partial(function, _ByTriton), _triton.supports, 20),
+        Impl("cpu", partial(function, _ByCpu), _cpu_supports, 10),
+    )
 
 
 FORWARD = _impls(_forward)

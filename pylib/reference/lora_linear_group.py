@@ -77,7 +77,7 @@ def lora_linear_group_backward(
             need_dx,
             *need,
         )
-        if total is not None:
+        if total is not None and dx is not None:
             total += dx
         grads.append((dA, dB))
     return None if total is None else total.to(x.dtype), grads

@@ -45,7 +45,7 @@ def make(name, kind, length=LENGTH, dtype=torch.float32):
 def without_swiglu(model):
     """With an activation that is not fused: the prompt alone makes no difference to the bit."""
     for layer in model.base_model.model.layers:
-        layer.mlp.act_fn = torch.nn.GELU()
+        layer.mlp.act_fn = torch.nn.Tanh()
     return model
 
 

@@ -61,7 +61,9 @@ def test_the_activation_by_default_is_silu():
 
 @pytest.mark.parametrize("activation", FUNCTIONS)
 def test_extreme_gates(backend, activation):
-    gate = torch.tensor([-torch.inf, -1e30, -100.0, -0.0, 100.0, 1e30, torch.inf, torch.nan])
+    """At infinity torch's GELU is NaN, ours the limit."""
+    last = torch.inf if activation == "silu" else 1e9
+    gate = torch.tensor([-torch.inf, -1e30, -100.0, -0.0, 100.0, 1e30, last, torch.nan])
     up, dy = torch.linspace(1, 2, 8), torch.ones(8)
     got = all_of(glu, gate, up, dy, activation)
     expected = all_of(eager, gate, up, dy, activation)
