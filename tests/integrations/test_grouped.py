@@ -18,6 +18,11 @@ from fusetune import ops
 from fusetune.integrations import _groups
 
 
+@pytest.fixture(autouse=True)
+def _small_ones_too(monkeypatch):
+    monkeypatch.setattr(_groups, "_ENOUGH", 0)
+
+
 @pytest.fixture
 def sizes(monkeypatch):
     """How many projections each group had."""
@@ -153,6 +158,16 @@ def test_inference_is_not_grouped(sizes):
     with torch.inference_mode():
         model(**inputs)
     assert sizes == []
+
+
+def test_small_inputs_are_not_grouped(sizes, monkeypatch):
+    monkeypatch.undo()
+    group, found = ops.lora_linear_group, []
+    monkeypatch.setattr(ops, "lora_linear_group", lambda x, p: found.append(x) or group(x, p))
+    layer, _ = attention()
+    for rows, expected in ((2047, 0), (2048, 1)):
+        layer.q_proj(torch.randn(rows, 64, requires_grad=True))
+        assert len(found) == expected
 
 
 # --- results that were computed ahead -------------------------------------------------------------

@@ -10,7 +10,7 @@ from lora_cases import DTYPES
 from tolerance import assert_same
 from torch.utils.checkpoint import checkpoint
 
-from fusetune import ops
+from fusetune import _native, ops
 
 F32, F16, BF16 = DTYPES
 QKV = ((36, 8, 0.3), (12, 3, 0.0), (12, 16, 0.1))
@@ -21,6 +21,20 @@ QKV = ((36, 8, 0.3), (12, 3, 0.0), (12, 16, 0.1))
 @pytest.mark.parametrize("shape", [(1, 64), (9, 577), (70, 101), (130, 128)], ids=str)
 def test_mixed_ranks_dropouts_and_biases(backend, shape, kinds, dtype):
     check(*make(*shape, QKV, dtype, kinds))
+
+
+@pytest.mark.skipif(_native.C is None, reason="no native module")
+@pytest.mark.parametrize("isa", _native.C.available_isas() if _native.C else [])
+def test_every_instruction_set(isa):
+    before = _native.C.isa()
+    ops.set_isa(isa)
+    try:
+        with ops.use_backend("cpu"):
+            for m, k in ((5, 70), (80, 150)):
+                for dtype in DTYPES:
+                    check(*make(m, k, QKV, dtype))
+    finally:
+        ops.set_isa(before)
 
 
 @pytest.mark.parametrize("backend", TRITON, indirect=True)
