@@ -15,12 +15,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fusetune import _native, ops
 from fusetune.bench import cases as make
-from fusetune.bench import glu_cases, gpu_cases, prefix_cases, prompt_cases
+from fusetune.bench import glu_cases, gpu_cases, group_cases, prefix_cases, prompt_cases
 from fusetune.bench.bottleneck_cases import bottleneck
 from fusetune.bench.dora_cases import dora_linear
 from fusetune.bench.fusion_cases import adapter_fusion
@@ -132,6 +133,8 @@ def small_cases() -> Iterator[Case]:
             yield make.linear_4bit_dx(m, N, K, dtype)
         for dense in (False, True):
             yield make.lora_linear(M, N, K, dtype, rank=5, dropout=0.3, dense=dense, train=True)
+            group: dict[str, Any] = {"rank": 5, "dropout": 0.3, "dense": dense}
+            yield group_cases.lora_linear_group(M, (N, 24), K, dtype, **group)
             for p in (0.0, 0.3):
                 yield dora_linear(M, N, K, dtype, rank=5, dropout=p, dense=dense)
     yield make.linear_4bit(1, N, K, torch.float32, int16=True)

@@ -18,6 +18,7 @@ from .cases import (
 from .dora_cases import dora_linear_cases
 from .fusion_cases import adapter_fusion_cases
 from .glu_cases import geglu_cases, swiglu_cases
+from .group_cases import lora_linear_group_cases
 from .prefix_cases import prefix_attention_cases
 from .prompt_cases import prompt_embed_cases
 from .timing import Case
@@ -86,6 +87,7 @@ def cross_entropy_cases(full: bool, n: int, k: int) -> Iterator[Case]:
 OPS: dict[str, Callable[[bool, int, int], Iterator[Case]]] = {
     "linear_4bit": linear_4bit_cases,
     "lora_linear": lora_linear_cases,
+    "lora_linear_group": lora_linear_group_cases,
     "dora_linear": dora_linear_cases,
     "quantize_4bit": quantize_4bit_cases,
     "dequantize_4bit": dequantize_4bit_cases,

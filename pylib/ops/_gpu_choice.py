@@ -40,6 +40,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     masked: bool = False  # the tail has a dropout mask
+    repeatable: bool = True  # not for ways that add to what is there: they are never measured
 
     def key(self) -> str:
         """The name under which what was measured is kept."""
@@ -78,12 +79,8 @@ def use_way(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(problem: Problem, ways: Ways, repeatable: bool = True) -> Callable[[], Tensor]:
-    """One of `ways`, of which there is at least one.
-
-    repeatable: a way may be run more often than once. Those that add to what is there may not, and
-    are never measured.
-    """
+def choose(problem: Problem, ways: Ways) -> Callable[[], Tensor]:
+    """One of `ways`, of which there is at least one."""
     if _forced in ways:
         return ways[_forced]
     if len(ways) == 1:
@@ -93,7 +90,7 @@ def choose(problem: Problem, ways: Ways, repeatable: bool = True) -> Callable[[]
     if name in ways:
         return ways[name]
     device = problem.device
-    if repeatable and tuning() and not _capturing(device):
+    if problem.repeatable and tuning() and not _capturing(device):
         name = min(ways, key=lambda way: _seconds(ways[way], device))
         measured[key] = name
         _save(measured)

@@ -63,8 +63,9 @@ def linear(
     if _augments(weight, k, tail) and scale is None and _triton_takes(rows, weight):
         ways["augmented"] = lambda: _augmented(rows, weight, bias, tail)  # type: ignore[arg-type]
     what = "y" if scale is None else "y scaled"  # fewer ways, and so another choice
-    problem = Problem(what, m, n, k, _rank(tail), rows.dtype, rows.device)
-    return choose(problem, ways, scale is None or scale.add is None)()
+    repeatable = scale is None or scale.add is None
+    problem = Problem(what, m, n, k, _rank(tail), rows.dtype, rows.device, repeatable=repeatable)
+    return choose(problem, ways)()
 
 
 def _without_product(rows: Tensor, n: int, bias: Tensor | None, scale: Scale | None) -> Tensor:
@@ -153,8 +154,10 @@ def linear_dx(
     ways["addmm"] = lambda: _addmm_dx(dy, _dense(weight, dy), tail, mask, to)
     if _augments(weight, k, tail) and mask is None and to is None:
         ways["augmented"] = lambda: _augmented_dx(dy, weight, tail)  # type: ignore[arg-type]
-    problem = Problem("dx", m, n, k, _rank(tail), dy.dtype, dy.device, masked=mask is not None)
-    return choose(problem, ways, to is None)()
+    problem = Problem(
+        "dx", m, n, k, _rank(tail), dy.dtype, dy.device, mask is not None, repeatable=to is None
+    )
+    return choose(problem, ways)()
 
 
 def _plus(to: Tensor | None, dx: Tensor) -> Tensor:
