@@ -234,7 +234,9 @@ struct Block {
         typed(static_cast<const bf16*>(out.data));
       }
       float* sums = acc + c * ld;
-      for (int64_t i = 0; i < width * ld; i += kLanes) store(sums + i, FUSETUNE_ISA::add(load(sums + i), load(buffer + i)));
+      for (int64_t i = 0; i < width * ld; i += kLanes) {
+        store(sums + i, FUSETUNE_ISA::add(load(sums + i), load(buffer + i)));
+      }
     }
   }
 
