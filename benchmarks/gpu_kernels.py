@@ -119,6 +119,16 @@ TRITON = (
         lambda s, arch: launches.da(s, arch, adapter=torch.float32),
         _PIPELINED,
     ),
+    *(
+        Case(
+            f"lora_da of q, k, v{name}",
+            "triton",
+            "_da",
+            lambda s, arch, p=p: launches.da(s, arch, p, count=3),
+            _PIPELINED,
+        )
+        for name, p in (("", 0.0), (", dropout", DROPOUT))
+    ),
     Case(
         "lora_da, dropout",
         "triton",
@@ -171,6 +181,18 @@ TRITON = (
         _PIPELINED,
         newest=True,
         turing=False,
+    ),
+    *(
+        Case(
+            f"linear_dx added to dX{name}",
+            "triton",
+            "_linear",
+            lambda s, arch, p=p: launches.linear_dx(s, arch, p, add=True),
+            _PIPELINED,
+            newest=True,
+            turing=False,
+        )
+        for name, p in (("", 0.0), (", dropout", DROPOUT))
     ),
     Case(
         "tail of linear_dx, dropout", "triton", "_linear", launches.dropped_tail, ("wide stores",)
@@ -246,6 +268,20 @@ TRITON = (
         ("wide loads", "wide stores"),
         small=Sizes(16, 3, 768),
         full=Sizes(2048, 8, 768),
+    ),
+    *(
+        Case(
+            kernel.removeprefix("_"),
+            "triton",
+            kernel,
+            lambda s, arch, backward=backward: launches.glu(s, arch, backward),
+            ("wide loads", "wide stores"),
+            small=Sizes(128, 2048, 0),
+            full=Sizes(4096, 14336, 0),
+            compulsory=lambda s, matrices=matrices: 2 * matrices * s.m * s.n,
+            within=1.0,
+        )
+        for kernel, backward, matrices in (("_glu", False, 3), ("_glu_backward", True, 5))
     ),
     *(
         Case(

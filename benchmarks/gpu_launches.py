@@ -130,13 +130,18 @@ def ds_db(sizes: Sizes, arch: int, adapter: torch.dtype | None = None) -> None:
     launch_lora_ds_db(half(arch, m, n), b, s, 2.0, ds, db, arch=arch)
 
 
-def da(sizes: Sizes, arch: int, p: float = 0.0, adapter: torch.dtype | None = None) -> None:
+def da(
+    sizes: Sizes, arch: int, p: float = 0.0, adapter: torch.dtype | None = None, count: int = 1
+) -> None:
     from fusetune._triton._tile import terms
     from fusetune._triton.lora_da import launch_lora_da
 
     m, _, k = sizes
-    out, ds = half(arch, RANK, k, dtype=adapter), fp32(m, RANK)
-    launch_lora_da(half(arch, m, k), ds, out, *mask(p), terms=terms(out, half_of(arch), arch))
+    outs = [half(arch, RANK, k, dtype=adapter) for _ in range(count)]
+    ds, (seed, threshold, factor) = [fp32(m, RANK) for _ in range(count)], mask(p)
+    seeds = None if seed is None else [seed] * count
+    n_terms = terms(outs[0], half_of(arch), arch)
+    launch_lora_da(half(arch, m, k), ds, outs, seeds, threshold, factor, terms=n_terms)
 
 
 def sum_parts(sizes: Sizes, arch: int) -> None:
@@ -155,15 +160,15 @@ def linear(sizes: Sizes, arch: int, dtype: torch.dtype | None = None) -> None:
     launch_linear(x, w, y, arch=arch, tail=tail)
 
 
-def linear_dx(sizes: Sizes, arch: int, p: float = 0.0) -> None:
+def linear_dx(sizes: Sizes, arch: int, p: float = 0.0, add: bool = False) -> None:
     from fusetune._triton.linear import Dropout, Tail, launch_linear
 
     m, n, k = sizes
     tail = Tail(fp32(m, RANK), half(arch, RANK, k).T, 1.0)
     seed, threshold, factor = mask(p)
     dropout = None if seed is None else Dropout(seed, threshold, factor)
-    w = half(arch, n, k)
-    launch_linear(half(arch, m, n), w.T, half(arch, m, k), arch=arch, tail=tail, dropout=dropout)
+    dy, w, dx = half(arch, m, n), half(arch, n, k), half(arch, m, k)
+    launch_linear(dy, w.T, dx, arch=arch, tail=tail, dropout=dropout, add=add)
 
 
 def dropped_tail(sizes: Sizes, arch: int) -> None:
@@ -188,6 +193,17 @@ def attend(sizes: Sizes, arch: int, backward: bool = False) -> None:
         return
     p = fp32(m, n)
     launch_fusion_attend_backward(g, g, values, p, 1.0, need_dvalues=True)
+
+
+def glu(sizes: Sizes, arch: int, backward: bool = False) -> None:
+    from fusetune._triton.glu import launch_glu, launch_glu_backward
+
+    m, n, _ = sizes
+    gate, up, y = (half(arch, m, n) for _ in range(3))
+    if not backward:
+        launch_glu(gate, up, "gelu_new", y)
+        return
+    launch_glu_backward(y, gate, up, "gelu_new", half(arch, m, n), half(arch, m, n))
 
 
 # --- CUDA -----------------------------------------------------------------------------------------

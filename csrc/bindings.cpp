@@ -74,9 +74,9 @@ bool has(const std::string& name) {
   if (name == "prompt_embed_dweight") return k.prompt_embed_dweight;
   if (name == "prefix_attend") return k.prefix_attend;
   if (name == "prefix_attend_backward") return k.prefix_attend_backward;
-  if (name == "swiglu") return k.swiglu;
+  if (name == "glu") return k.glu;
+  if (name == "glu_backward") return k.glu_backward;
   if (name == "importance") return k.importance;
-  if (name == "swiglu_backward") return k.swiglu_backward;
   if (name == "scale_columns") return k.scale_columns;
   if (name == "scale_columns_backward") return k.scale_columns_backward;
   if (name == "dropout") return k.dropout;
@@ -138,16 +138,18 @@ void bind_linear(py::module_& m) {
             run(in, rows, n, k, w, pointer<float>(bias), low_rank(tail), out);
           });
         });
-  m.def("linear_dx",
-        [](const MatrixArg& dy, int64_t rows, int64_t n, int64_t k, const std::optional<Weight4bitArg>& w4,
-           const DenseArg& dense, const LowRankArg& tail, const DropoutArg& drop, const MatrixArg& dx) {
-          const auto run = built(kernels().linear_dx, "linear_dx");
-          const Matrix in = matrix(dy);
-          const MutMatrix out = mut_matrix(dx);
-          with_weight(w4, dense, [&](const Weight& w) {
-            run(in, rows, n, k, w, low_rank(tail), dropout_of(drop), out);
-          });
-        });
+  const auto linear_dx = [](bool add) {
+    return [add](const MatrixArg& dy, int64_t rows, int64_t n, int64_t k, const std::optional<Weight4bitArg>& w4,
+                 const DenseArg& dense, const LowRankArg& tail, const DropoutArg& drop, const MatrixArg& dx) {
+      const auto run = built(kernels().linear_dx, "linear_dx");
+      const Matrix in = matrix(dy);
+      const MutMatrix out = mut_matrix(dx);
+      with_weight(w4, dense,
+                  [&](const Weight& w) { run(in, rows, n, k, w, low_rank(tail), dropout_of(drop), add, out); });
+    };
+  };
+  m.def("linear_dx", linear_dx(false));
+  m.def("linear_dx_add", linear_dx(true), "The same, added to dx.");
   m.def("linear_4bit_int16",
         [](const MatrixArg& x, int64_t rows, int64_t n, int64_t k, const Weight4bitArg& w4, Address bias,
            const LowRankArg& tail, const MatrixArg& y) {
@@ -198,21 +200,30 @@ void bind_lora(py::module_& m) {
   });
 }
 
-void bind_swiglu(py::module_& m) {
-  m.def("swiglu", [](const MatrixArg& gate, const MatrixArg& up, int64_t rows, int64_t n, const MatrixArg& y) {
-    const auto run = built(kernels().swiglu, "swiglu");
+// Of glu's activations only: kernels trust their caller.
+Activation gate_activation(int code) {
+  const auto kind = static_cast<Activation>(code);
+  if (kind == Activation::silu || kind == Activation::gelu || kind == Activation::gelu_new) return kind;
+  throw std::invalid_argument("glu has no activation of the code " + std::to_string(code));
+}
+
+void bind_glu(py::module_& m) {
+  m.def("glu", [](const MatrixArg& gate, const MatrixArg& up, int64_t rows, int64_t n, int code, const MatrixArg& y) {
+    const auto run = built(kernels().glu, "glu");
     const Matrix left = matrix(gate), right = matrix(up);
     const MutMatrix out = mut_matrix(y);
+    const Activation kind = gate_activation(code);
     py::gil_scoped_release no_gil;
-    run(left, right, rows, n, out);
+    run(left, right, rows, n, kind, out);
   });
-  m.def("swiglu_backward", [](const MatrixArg& dy, const MatrixArg& gate, const MatrixArg& up, int64_t rows, int64_t n,
-                              const MatrixArg& dgate, const MatrixArg& dup) {
-    const auto run = built(kernels().swiglu_backward, "swiglu_backward");
+  m.def("glu_backward", [](const MatrixArg& dy, const MatrixArg& gate, const MatrixArg& up, int64_t rows, int64_t n,
+                           int code, const MatrixArg& dgate, const MatrixArg& dup) {
+    const auto run = built(kernels().glu_backward, "glu_backward");
     const Matrix upper = matrix(dy), left = matrix(gate), right = matrix(up);
     const MutMatrix dleft = mut_matrix(dgate), dright = mut_matrix(dup);
+    const Activation kind = gate_activation(code);
     py::gil_scoped_release no_gil;
-    run(upper, left, right, rows, n, dleft, dright);
+    run(upper, left, right, rows, n, kind, dleft, dright);
   });
 }
 
@@ -270,7 +281,7 @@ PYBIND11_MODULE(_C, m) {
   bind_adapters(m);
   bind_prefix(m);
   bind_prompts(m);
-  bind_swiglu(m);
+  bind_glu(m);
   bind_scale_columns(m);
   bind_adalora(m);
   bind_loss(m);

@@ -80,6 +80,8 @@ def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
                 undo += restored.restore_layout()
             if loss and transformers is not None:
                 transformers.install(module)
+        if "peft" in sys.modules:
+            importlib.import_module("fusetune.integrations._groups").link(model)
         return FuseReport(_rows(model), _looker(model))
 
 
@@ -249,10 +251,16 @@ def _row(name: str, module: Any, fused_classes: set[type[Any]]) -> Row | None:
         )
     fused_class = _target(module, _swaps())
     if fused_class is not None:
-        own = _has_own_forward(module)
-        reason = "it has a forward of its own" if own else "not fused: call fuse()"
-        return Row(name, fused_class.method, "-", reason)
-    if "peft" not in sys.modules:
-        return None
-    unsupported = importlib.import_module("fusetune.integrations.peft").unsupported(module)
-    return unsupported and Row(name, unsupported[0], "-", unsupported[1])
+        reason = "not fused: call fuse()"
+        if _has_own_forward(module):
+            taken = getattr(fused_class, "taken", lambda _: None)(module)
+            reason = taken or "it has a forward of its own"
+        method = getattr(fused_class, "method_of", lambda _: fused_class.method)(module)
+        return Row(name, method, "-", reason)
+    for integration, library in (("peft", "peft"), ("transformers_mlp", "transformers")):
+        if library in sys.modules:
+            module_of = importlib.import_module(f"fusetune.integrations.{integration}")
+            unsupported = module_of.unsupported(module)
+            if unsupported is not None:
+                return Row(name, unsupported[0], "-", unsupported[1])
+    return None

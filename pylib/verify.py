@@ -21,14 +21,20 @@ import torch
 
 from fusetune import _native, ops
 from fusetune.bench import cases as make
-from fusetune.bench import gpu_cases, lora_layer_cases, prefix_cases, prompt_cases
+from fusetune.bench import (
+    glu_cases,
+    gpu_cases,
+    group_cases,
+    lora_layer_cases,
+    prefix_cases,
+    prompt_cases,
+)
 from fusetune.bench.bottleneck_cases import bottleneck
 from fusetune.bench.dora_cases import dora_linear
 from fusetune.bench.fusion_cases import adapter_fusion
 from fusetune.bench.ia3_cases import bias_gradient, ia3_linear
 from fusetune.bench.importance_cases import importance
 from fusetune.bench.multi_lora_cases import multi_lora_linear
-from fusetune.bench.swiglu_cases import swiglu
 from fusetune.bench.timing import Case, relative_error, seeded
 from fusetune.ops import _cuda, _triton
 
@@ -126,7 +132,7 @@ def small_cases() -> Iterator[Case]:
         yield make.quantize_4bit(N, K, dtype)
         yield make.dequantize_4bit(N, K, dtype, double_quant=True)
         yield make.cross_entropy(M, N, dtype)
-        yield swiglu(M, N, dtype)
+        yield from glu_cases.small_cases(M, N, dtype)
         yield bias_gradient(2 * M, N, dtype)
         yield importance([(5, K), (6, N)], 1, dtype)
         yield importance([(K, 5), (N, 6)], 0, dtype)
@@ -144,6 +150,8 @@ def small_cases() -> Iterator[Case]:
             yield multi_lora_linear(6, 7, N, K, dtype, ranks=[5, 16], **parts)
         for dense in (False, True):
             yield make.lora_linear(M, N, K, dtype, rank=5, dropout=0.3, dense=dense, train=True)
+            group: dict[str, Any] = {"rank": 5, "dropout": 0.3, "dense": dense}
+            yield group_cases.lora_linear_group(M, (N, 24), K, dtype, **group)
             for p in (0.0, 0.3):
                 yield dora_linear(M, N, K, dtype, rank=5, dropout=p, dense=dense)
             for feedforward in (False, True):

@@ -11,11 +11,14 @@ struct ValueAndSlope {
   F value, slope;
 };
 
-// 1 / (1 + e^-z), from e^-|z| so that nothing overflows.
-FUSETUNE_INLINE F sigmoid(F z) {
+// s = 1 / (1 + e^-z) and 1 - s, which is not left to cancel; from e^-|z| so that nothing overflows.
+struct Sigmoid {
+  F value, rest;
+};
+FUSETUNE_INLINE Sigmoid sigmoid(F z) {
   const F e = exp_nonpositive(sub(zero(), abs(z)));
-  const F over = div(set1(1.f), add(set1(1.f), e));
-  return select(gt(zero(), z), mul(e, over), over);
+  const F over = div(set1(1.f), add(set1(1.f), e)), under = mul(e, over);
+  return {select(gt(zero(), z), under, over), select(gt(zero(), z), over, under)};
 }
 
 // From e^-2|z|, which cancels near 0: there by an odd polynomial (a least-maximum fit to 0.6, 2.6e-9).
@@ -54,8 +57,8 @@ FUSETUNE_INLINE Normal normal(F z) {
 }
 
 // s + z s (1 - s) inner: the derivative of z sigmoid(v) with v' = inner.
-FUSETUNE_INLINE F gated_slope(F z, F s, F inner) {
-  return fma(mul(z, mul(s, sub(set1(1.f), s))), inner, s);
+FUSETUNE_INLINE F gated_slope(F z, const Sigmoid& s, F inner) {
+  return fma(mul(z, mul(s.value, s.rest)), inner, s.value);
 }
 
 template <Activation kind>
@@ -73,17 +76,17 @@ FUSETUNE_INLINE ValueAndSlope activate(F z) {
   } else if constexpr (kind == Activation::gelu_new) {
     // 0.5 (1 + tanh u) = sigmoid(2u), u = sqrt(2 / pi) (z + 0.044715 z^3)
     const F square = mul(z, z), twice = set1(1.595769122f);
-    const F s = sigmoid(mul(mul(z, twice), fma(square, set1(0.044715f), one)));
-    return {mul(z, s), gated_slope(z, s, mul(twice, fma(square, set1(0.134145f), one)))};
+    const Sigmoid s = sigmoid(mul(mul(z, twice), fma(square, set1(0.044715f), one)));
+    return {mul(z, s.value), gated_slope(z, s, mul(twice, fma(square, set1(0.134145f), one)))};
   } else if constexpr (kind == Activation::silu) {
-    const F s = sigmoid(z);
-    return {mul(z, s), gated_slope(z, s, one)};
+    const Sigmoid s = sigmoid(z);
+    return {mul(z, s.value), gated_slope(z, s, one)};
   } else if constexpr (kind == Activation::tanh) {
     const F t = FUSETUNE_ISA::tanh(z);
     return {t, sub(one, mul(t, t))};
   } else if constexpr (kind == Activation::sigmoid) {
-    const F s = FUSETUNE_ISA::sigmoid(z);
-    return {s, mul(s, sub(one, s))};
+    const Sigmoid s = FUSETUNE_ISA::sigmoid(z);
+    return {s.value, mul(s.value, s.rest)};
   } else {
     return {z, one};
   }

@@ -220,6 +220,26 @@ struct Block {
     }
   }
 
+  // acc += what `out` holds, turned over in the buffer.
+  void add(const MutMatrix& out) {
+    const int64_t span = std::max<int64_t>(kLanes, Widest::buffer / ld / kLanes * kLanes);
+    for (int64_t c = 0; c < columns; c += span) {
+      const int64_t width = std::min(span, columns - c), first = row * out.ld + column + c;
+      const auto typed = [&](const auto* p) { transpose_to(p + first, out.ld, rows, width, buffer, ld, ld); };
+      if (out.dtype == Dtype::f32) {
+        typed(static_cast<const float*>(out.data));
+      } else if (out.dtype == Dtype::f16) {
+        typed(static_cast<const f16*>(out.data));
+      } else {
+        typed(static_cast<const bf16*>(out.data));
+      }
+      float* sums = acc + c * ld;
+      for (int64_t i = 0; i < width * ld; i += kLanes) {
+        store(sums + i, FUSETUNE_ISA::add(load(sums + i), load(buffer + i)));
+      }
+    }
+  }
+
   void write(const MutMatrix& out) const {
     const int64_t first = row * out.ld + column;
     const auto typed = [&](auto* p) { transpose_to(acc, ld, columns, rows, p + first, out.ld, columns); };

@@ -148,10 +148,10 @@ struct DenseBlock {
   }
 };
 
-// out = bias + drop(tail) + main.
+// out (+)= bias + drop(tail) + main; no dropout where it is added to.
 template <bool rows_are_columns>
 static void gemm_dense(int64_t m, int64_t n, const float* bias, const DenseTerm& tail, const Dropout& dropout,
-                       const DenseTerm& main, const MutMatrix& out) {
+                       const DenseTerm& main, const MutMatrix& out, bool add = false) {
   const int64_t threads = num_threads(), panels = (n + kPanel - 1) / kPanel;
   // Few parts of rows, since each packs the weight again, but several tasks a thread: a stolen core costs one of them.
   const int64_t per_task = std::max<int64_t>(1, std::min(kDensePanels, panels / (2 * threads)));
@@ -167,6 +167,7 @@ static void gemm_dense(int64_t m, int64_t n, const float* bias, const DenseTerm&
     DenseBlock block{first,   out.ld, row,    std::min(row_step, m - row),
                      column,  columns, bias ? bias + column : nullptr,
                      packed,  packed + per_task * kPanel * kDenseSlice};
+    block.written = add;
     block.template accumulate<rows_are_columns>(tail, 0);
     if (tail.depth && dropout.threshold) block.mask(dropout, n);
     const int64_t skip = (std::max<int64_t>(1, threads / row_parts)) * per_task * kPanel;

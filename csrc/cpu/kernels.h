@@ -176,9 +176,9 @@ struct Kernels {
   // y [M, rows] = x [M, cols] . W^T (+ bias) (+ low-rank tail)
   void (*linear)(const Matrix& x, int64_t m, int64_t n, int64_t k, const Weight& w, const float* bias,
                  const LowRank& tail, const MutMatrix& y);
-  // dx [M, cols] = dy [M, rows] . W (+ mask * low-rank tail)
+  // dx [M, cols] = dy [M, rows] . W (+ mask * low-rank tail); with `add`, added to what dx holds
   void (*linear_dx)(const Matrix& dy, int64_t m, int64_t n, int64_t k, const Weight& w, const LowRank& tail,
-                    const Dropout& dropout, const MutMatrix& dx);
+                    const Dropout& dropout, bool add, const MutMatrix& dx);
   // Opt-in decode path, m <= 8: activations in int16 per block of 64. Returns false where it does not apply.
   bool (*linear_4bit_int16)(const Matrix& x, int64_t m, int64_t n, int64_t k, const Weight4bit& w,
                             const float* bias, const LowRank& tail, const MutMatrix& y);
@@ -246,11 +246,11 @@ struct Kernels {
   // its log-sum-exp into lse [B, Hq, T]. Where nothing is attended to out is 0 and lse infinite.
   void (*prefix_attend)(const Prefix& prefix, const Heads& out, const BaseLse& base_lse, float* lse);
   void (*prefix_attend_backward)(const Prefix& prefix, const PrefixGradients& given);
-  // y = silu(gate) * up, all [M, N] and of one dtype.
-  void (*swiglu)(const Matrix& gate, const Matrix& up, int64_t m, int64_t n, const MutMatrix& y);
+  // y = f(gate) * up, all [M, N] and of one dtype; f: silu, gelu or gelu_new.
+  void (*glu)(const Matrix& gate, const Matrix& up, int64_t m, int64_t n, Activation kind, const MutMatrix& y);
   // dgate and dup, null where not needed; either may be dy, gate or up itself.
-  void (*swiglu_backward)(const Matrix& dy, const Matrix& gate, const Matrix& up, int64_t m, int64_t n,
-                          const MutMatrix& dgate, const MutMatrix& dup);
+  void (*glu_backward)(const Matrix& dy, const Matrix& gate, const Matrix& up, int64_t m, int64_t n, Activation kind,
+                       const MutMatrix& dgate, const MutMatrix& dup);
   // y = scale [N] * x + bias [N], both [M, N] and of one dtype; y may be x. bias: or null.
   void (*scale_columns)(const Matrix& x, int64_t m, int64_t n, const float* scale, const float* bias,
                         const MutMatrix& y);

@@ -1,4 +1,4 @@
-// dx [M, K] = dy [M, N] . W [N, K] + mask * scale * left [M, r] . right [r, K], W 4-bit or dense.
+// dx [M, K] = dy [M, N] . W [N, K] + mask * scale * left [M, r] . right [r, K], W 4-bit or dense; or added to dx.
 //
 // The tail goes into the accumulators first, is masked there, and then the main product is added: nothing of the
 // size of dx exists but dx.
@@ -33,10 +33,11 @@ void mask_block(Block<RowsAreDepth>& block, const Dropout& dropout, int64_t k) {
 }  // namespace
 
 void linear_dx(const Matrix& dy, int64_t m, int64_t n, int64_t k, const Weight& w, const LowRank& tail,
-               const Dropout& dropout, const MutMatrix& dx) {
-  if (gemm_dense_fits(dy, m, n, w, dx)) {
+               const Dropout& dropout, bool add, const MutMatrix& dx) {
+  const bool masked = tail.rank && dropout.threshold;  // the tail alone: not in place of a sum
+  if (gemm_dense_fits(dy, m, n, w, dx) && !(add && masked)) {
     const DenseTerm low_rank{tail.left, tail.rank, tail.right, k, tail.rank, tail.scale};
-    return gemm_dense<false>(m, k, nullptr, low_rank, dropout, dense_term(dy, w.dense, n, 1.f), dx);
+    return gemm_dense<false>(m, k, nullptr, low_rank, dropout, dense_term(dy, w.dense, n, 1.f), dx, add);
   }
   const Term low_rank{
       {tail.left, tail.rank, Dtype::f32}, dense_rows({tail.right, k, Dtype::f32}, tail.scale), tail.rank};
@@ -46,7 +47,8 @@ void linear_dx(const Matrix& dy, int64_t m, int64_t n, int64_t k, const Weight& 
     for_blocks<RowsAreDepth>(m, k, [&](Block<RowsAreDepth>& block) {
       block.fill(nullptr);
       block.template accumulate<Floats>(low_rank);
-      if (tail.rank && dropout.threshold) mask_block(block, dropout, k);
+      if (masked) mask_block(block, dropout, k);
+      if (add) block.add(dx);
       block.template accumulate<Elements>(main);
       block.write(dx);
     });

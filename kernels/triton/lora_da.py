@@ -1,14 +1,16 @@
-"""dA = dS^T drop(x), the mask drawn again from its seed.
+"""dA = dS^T drop(x) for one to four A's from one read of x, each mask drawn again from its seed.
 
-Tiling: a program keeps COLS columns of dA, transposed, in registers and goes over a range of rows,
-ROWS at a time. Where K alone does not fill the card the rows are cut into ranges, whose shares a
-second launch adds in their order.
+Tiling: a program keeps COLS columns of every dA, transposed, in registers and goes over a range of
+rows, ROWS at a time. Where K alone does not fill the card the rows are cut into ranges; a second
+launch for each dA adds their shares in their order.
 
-Bytes, for x of o bytes an element: M K o and, with P ranges, 8 P r K; dS is read by K / COLS
-programs and comes from the cache. Dropout adds nothing.
+Bytes, for x of o bytes an element: M K o of x and, with P ranges, 8 P r K of every dA; dS is read
+by K / COLS programs and comes from the cache. Dropout adds nothing.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -23,19 +25,61 @@ from fusetune._triton._tile import (
     sum_parts,
 )
 
+MOST = 4  # A's of one launch
+
+
+@triton.jit
+def _step(
+    acc,
+    x,
+    ds,
+    key,
+    r,
+    row,
+    row_valid,
+    first_col,
+    K,
+    threshold,
+    DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TERMS: tl.constexpr,
+    COLS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """acc + drop(x)^T dS for ROWS rows."""
+    rank = tl.arange(0, RANKS)
+    if DROPOUT:
+        x = tl.where(keep_mask(key, row, first_col, K, threshold, COLS, ALIGNED), x, 0.0)
+    narrow = tl.load(
+        ds + row[:, None] * r + rank[None, :],
+        mask=row_valid[:, None] & (rank < r)[None, :],
+        other=0.0,
+    )
+    return dot_wide(tl.trans(x), narrow, acc, TERMS)
+
 
 @triton.jit
 def _da(
     x,
-    ds,
-    seed,
+    ds0,
+    ds1,
+    ds2,
+    ds3,
+    seed0,
+    seed1,
+    seed2,
+    seed3,
     out,
     M,
     K,
-    r,
+    r0,
+    r1,
+    r2,
+    r3,
     stride_x,
     steps,
     threshold,
+    COUNT: tl.constexpr,
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     TERMS: tl.constexpr,
@@ -44,87 +88,141 @@ def _da(
     RANKS: tl.constexpr,
 ):
     first_col = tl.program_id(0) * COLS
-    col, rank = first_col + tl.arange(0, COLS), tl.arange(0, RANKS)
-    col_valid, rank_valid = col < K, rank < r
+    col = first_col + tl.arange(0, COLS)
+    col_valid = col < K
     first = tl.program_id(1) * steps * ROWS
-    acc = tl.zeros((COLS, RANKS), tl.float32)
+    key0, key1, key2, key3 = 0, 0, 0, 0
     if DROPOUT:
-        key = tl.load(seed)
+        key0 = tl.load(seed0)
+        key1 = tl.load(seed1)
+        key2 = tl.load(seed2)
+        key3 = tl.load(seed3)
+    acc0 = tl.zeros((COLS, RANKS), tl.float32)
+    acc1 = acc0
+    acc2 = acc0
+    acc3 = acc0
     for start in range(first, tl.minimum(first + steps * ROWS, M), ROWS):
         row = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
-        row_valid = row < M
+        valid = row < M
         tile = tl.load(
             x + row[:, None] * stride_x + col[None, :],
-            mask=row_valid[:, None] & col_valid[None, :],
+            mask=valid[:, None] & col_valid[None, :],
             other=0.0,
         )
-        if DROPOUT:
-            kept = keep_mask(key, row, first_col, K, threshold, COLS, ALIGNED)
-            tile = tl.where(kept, tile, 0.0)
-        narrow = tl.load(
-            ds + row[:, None] * r + rank[None, :],
-            mask=row_valid[:, None] & rank_valid[None, :],
-            other=0.0,
-        )
-        acc = dot_wide(tl.trans(tile), narrow, acc, TERMS)
-    out += tl.program_id(1).to(tl.int64) * r * K
+        acc0 = _step(
+            acc0, tile, ds0, key0, r0, row, valid, first_col, K, threshold,
+            DROPOUT, ALIGNED, TERMS, COLS, RANKS,
+        )  # fmt: skip
+        if COUNT > 1:
+            acc1 = _step(
+                acc1, tile, ds1, key1, r1, row, valid, first_col, K, threshold,
+                DROPOUT, ALIGNED, TERMS, COLS, RANKS,
+            )  # fmt: skip
+        if COUNT > 2:
+            acc2 = _step(
+                acc2, tile, ds2, key2, r2, row, valid, first_col, K, threshold,
+                DROPOUT, ALIGNED, TERMS, COLS, RANKS,
+            )  # fmt: skip
+        if COUNT > 3:
+            acc3 = _step(
+                acc3, tile, ds3, key3, r3, row, valid, first_col, K, threshold,
+                DROPOUT, ALIGNED, TERMS, COLS, RANKS,
+            )  # fmt: skip
+    # A, then part: each dA's shares lie together.
+    part, parts = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
+    _store(out + part * r0 * K, acc0, col, col_valid, r0, K, RANKS)
+    if COUNT > 1:
+        out += parts * r0 * K
+        _store(out + part * r1 * K, acc1, col, col_valid, r1, K, RANKS)
+    if COUNT > 2:
+        out += parts * r1 * K
+        _store(out + part * r2 * K, acc2, col, col_valid, r2, K, RANKS)
+    if COUNT > 3:
+        out += parts * r2 * K
+        _store(out + part * r3 * K, acc3, col, col_valid, r3, K, RANKS)
+
+
+@triton.jit
+def _store(out, values, col, col_valid, r, K, RANKS: tl.constexpr):
+    rank = tl.arange(0, RANKS)
     at = rank.to(tl.int64)[None, :] * K + col[:, None]
-    tl.store(out + at, acc, mask=col_valid[:, None] & rank_valid[None, :])
+    tl.store(out + at, values, mask=col_valid[:, None] & (rank < r)[None, :])
 
 
-def _tiles(x: torch.dtype, ranks: int, quads: bool | None, terms: int) -> tuple[int, int, int, int]:
-    """(ROWS, COLS, warps, stages). quads: of a dropout, whether a counter serves four elements."""
+def _tiles(
+    x: torch.dtype, ranks: int, quads: bool | None, terms: int, count: int
+) -> tuple[int, int, int, int]:
+    """(ROWS, COLS, warps, stages) for `count` A's of `ranks` each.
+
+    quads: of a dropout, whether a counter serves four elements.
+    """
+    wide = ranks * count
     if x == torch.float32:
-        return (32, 32, 4, 2) if ranks <= 64 else (16, 32, 8, 2)
+        return (32, 32, 4, 2) if wide <= 64 else (16, 32, 8, 2)
     if terms == 0:  # FMA
-        return 32 if quads is not False else 16, max(32, 2048 // ranks), 4 if ranks <= 64 else 8, 1
-    rows = 64 if ranks <= 32 and quads is not False else 32
-    return rows, 64, 4 if ranks <= 64 else 8, 3
+        cols = max(32, 2048 // (ranks * triton.next_power_of_2(count)))
+        return 32 if quads is not False else 16, cols, 4 if wide <= 64 else 8, 1
+    if count == 1:
+        return 64 if ranks <= 32 and quads is not False else 32, 64, 4 if ranks <= 64 else 8, 3
+    # Of several, masks and the parts of each dS are held at once.
+    masked = quads is not None
+    cols = 64 if wide * terms <= (48 if masked else 128) else 32
+    rows = 64 if ranks <= 32 and not masked else 16 if masked and wide > 128 else 32
+    return rows, cols, 8 if masked or wide > 32 else 4, 3
 
 
 def launch_lora_da(
     x: torch.Tensor,
-    ds: torch.Tensor,
-    out: torch.Tensor,
-    seed: torch.Tensor | None = None,
+    ds: Sequence[torch.Tensor],
+    outs: Sequence[torch.Tensor],
+    seeds: Sequence[torch.Tensor] | None = None,
     threshold: int = 0,
     factor: float = 1.0,
     *,
     terms: int,
 ) -> None:
-    """out = factor dS^T drop(x), [r, K] in any dtype.
+    """out = factor dS^T drop(x), [r, K] in any dtype, for every dS of `ds` and its out.
 
-    x: [M, K], rows contiguous, fp32, fp16 or bf16; ds: fp32 [M, r], contiguous. Elements whose word
-    (from seed, int64 [1]) is below threshold are dropped. terms: of a dS, see `dot_wide`.
+    x: [M, K], rows contiguous, fp32, fp16 or bf16; dS: fp32 [M, r], contiguous. seeds: int64 [1]
+    for every dS; elements whose word is below threshold are dropped. terms: of a dS, see
+    `dot_wide`.
     """
-    (m, k), r = x.shape, ds.shape[1]
+    (m, k), ranks, count = x.shape, [one.shape[1] for one in ds], len(ds)
     if m == 0 or k == 0:
-        out.zero_()
+        for out in outs:
+            out.zero_()
         return
-    quads = None if seed is None else k % 4 == 0
-    rows, cols, warps, stages = _tiles(x.dtype, rank_block(r), quads, terms)
+    quads = None if seeds is None else k % 4 == 0
+    block = rank_block(max(ranks))
+    rows, cols, warps, stages = _tiles(x.dtype, block, quads, terms, count)
     blocks = triton.cdiv(k, cols)
     parts, steps = splits(blocks, triton.cdiv(m, rows))
-    shares = torch.empty(parts, r, k, dtype=torch.float32, device=x.device)
+    shares = torch.empty(parts * sum(ranks) * k, dtype=torch.float32, device=x.device)
+    pad = [ds[0]] * (MOST - count)
     _da[(blocks, parts)](
         x,
-        ds,
-        ds if seed is None else seed,
+        *ds,
+        *pad,
+        *(seeds or ds),
+        *([seeds[0]] * (MOST - count) if seeds else pad),
         shares,
         m,
         k,
-        r,
+        *ranks,
+        *([0] * (MOST - count)),
         x.stride(0),
         steps,
         signed(threshold),
-        DROPOUT=seed is not None,
+        COUNT=count,
+        DROPOUT=seeds is not None,
         ALIGNED=bool(quads),
         TERMS=terms,
         ROWS=rows,
         COLS=cols,
-        RANKS=rank_block(r),
+        RANKS=block,
         num_warps=warps,
         enable_fp_fusion=True,
         num_stages=stages,
     )
-    sum_parts(shares, out, factor)
+    for one, out in zip(shares.split([parts * r * k for r in ranks]), outs, strict=True):
+        sum_parts(one.view(parts, -1), out, factor)

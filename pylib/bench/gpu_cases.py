@@ -20,6 +20,8 @@ from .bottleneck_cases import bottleneck
 from .cases import EXACT, NAMES, quantized
 from .dora_cases import dora_linear
 from .fusion_cases import adapter_fusion
+from .glu_cases import glu
+from .group_cases import lora_linear_group
 from .ia3_cases import ia3_linear
 from .prefix_cases import prefix_attention
 from .prompt_cases import prompt_embed
@@ -44,6 +46,8 @@ def triton_cases() -> Iterator[Case]:
         yield lora(19, 40, 104, dtype, "augmented", dense=True)
         yield bottleneck(37, 104, 20, dtype, activation="gelu", dropout=0.3)
         yield bottleneck(40, 72, 5, dtype, rows=[7, 0, 33])
+        yield glu(9, 520, dtype, "gelu_new")
+        yield lora_linear_group(9, (40, 24), 72, dtype, rank=5, dropout=0.3, dense=True)
         yield adapter_fusion(9, 3, 72, dtype, train=True, dropout=0.3)
         yield prefix_attention(2, 4, 2, 9, 9, 20, 7, dtype, train=True)
         options: dict[str, Any] = {"dropout": 0.3, "rows": [1, -1, 0]}

@@ -17,6 +17,8 @@ from .cases import (
 )
 from .dora_cases import dora_linear_cases
 from .fusion_cases import adapter_fusion_cases
+from .glu_cases import geglu_cases, swiglu_cases
+from .group_cases import lora_linear_group_cases
 from .ia3_cases import ia3_linear_cases, trained_bias_cases
 from .lora_layer_cases import (
     lora_embedding_cases,
@@ -26,7 +28,6 @@ from .lora_layer_cases import (
 )
 from .prefix_cases import prefix_attention_cases
 from .prompt_cases import prompt_embed_cases
-from .swiglu_cases import swiglu_cases
 from .timing import Case
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -94,6 +95,7 @@ def cross_entropy_cases(full: bool, n: int, k: int) -> Iterator[Case]:
 OPS: dict[str, Callable[[bool, int, int], Iterator[Case]]] = {
     "linear_4bit": linear_4bit_cases,
     "lora_linear": lora_linear_cases,
+    "lora_linear_group": lora_linear_group_cases,
     "dora_linear": dora_linear_cases,
     "lora_embedding": lora_embedding_cases,
     "lora_up": lora_up_cases,
@@ -106,6 +108,7 @@ OPS: dict[str, Callable[[bool, int, int], Iterator[Case]]] = {
     "prefix_attention": prefix_attention_cases,
     "prompt_embed": prompt_embed_cases,
     "swiglu": swiglu_cases,
+    "geglu": geglu_cases,
     "ia3_linear": ia3_linear_cases,
     "trained_bias": trained_bias_cases,
 }

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fusetune import ops
+from fusetune.integrations import _groups
 from fusetune.integrations._guards import (
     KERNEL_DTYPES,
     call_reason,
@@ -44,6 +45,11 @@ class Adapter(NamedTuple):
     def op(self) -> str:
         return "lora_linear" if self.magnitude is None else "dora_linear"
 
+    @property
+    def groupable(self) -> bool:
+        """Whether `ops.lora_linear_group` has it."""
+        return self.magnitude is None
+
 
 class Several(NamedTuple):
     """What it needs of several: active ones, which are summed, or one for each row of the batch."""
@@ -62,10 +68,24 @@ class Several(NamedTuple):
         return None
 
     @property
+    def groupable(self) -> bool:
+        """Whether `ops.lora_linear_group` has them."""
+        return False
+
+    @property
     def op(self) -> str:
         dropped = any(adapter.dropout_p for adapter in self.adapters)
         stacked = stacks(self.lora_A.device, self.adapter_of is not None, dropped)
         return "lora_linear" if stacked else "multi_lora_linear"
+
+
+class Call(NamedTuple):
+    """A call that is to be fused: what a layer's op takes besides x."""
+
+    dtype: torch.dtype  # that x is cast to
+    weight: Any
+    bias: torch.Tensor | None
+    adapter: Adapter | Several
 
 
 def active_adapter(
@@ -188,9 +208,14 @@ class FusedLinear(lora.Linear):
         names = kwargs.get("adapter_names")
         if args or len(kwargs) > (names is not None):  # alora_offsets
             return super().forward(x, *args, **kwargs)
+        call = self.fused_call(x, names)
+        return super().forward(x, **kwargs) if call is None else fused_linear(self, x, call)
+
+    def fused_call(self, x: torch.Tensor, names: Sequence[str] | None = None) -> Call | None:
+        """What is fused of a call with x, under adapter_names; None: PEFT's forward has to run."""
         adapter = self._fused_adapter(names)
         if isinstance(adapter, str) or call_reason(x) is not None or miscounts(x, names):
-            return super().forward(x, **kwargs)
+            return None
         base: Any = self._modules["base_layer"]
         weight = base._parameters["weight"]
         if type(base) is Conv1D:  # stored [K, N]
@@ -198,8 +223,8 @@ class FusedLinear(lora.Linear):
         bias = base._parameters.get("bias")
         dtype = dense_dtype(self, x, weight, adapter.lora_A.dtype)
         if dtype is None or no_kernel(adapter.op, x.device.type, dtype, weight.dtype):
-            return super().forward(x, **kwargs)
-        return fused_linear(x.to(dtype), weight, bias, adapter)
+            return None
+        return Call(dtype, weight, bias, adapter)
 
     def _fused_adapter(self, names: Sequence[str] | None = None) -> Adapter | Several | str:
         base: Any = self._modules["base_layer"]
@@ -245,41 +270,43 @@ def dense_dtype(
     return dtype if layer.cast_input_dtype_enabled or x.dtype == adapter else None
 
 
-def fused_linear(
-    x: torch.Tensor, weight: Any, bias: torch.Tensor | None, adapter: Adapter | Several
-) -> torch.Tensor:
-    """`ops.lora_linear`, `dora_linear` or `multi_lora_linear` with an adapter's arguments."""
+def fused_linear(layer: Any, x: torch.Tensor, call: Call) -> torch.Tensor:
+    """The layer's result by the op of its adapters, or of a group that it belongs to."""
+    adapter = call.adapter
     if isinstance(adapter, Several):
         lora_A, lora_B, lora_bias, scaling, dropout_p, _ = zip(*adapter.adapters, strict=True)
         return ops.multi_lora_linear(
-            x,
-            weight,
+            x.to(call.dtype),
+            call.weight,
             lora_A,
             lora_B,
             scaling,
             adapter_of=adapter.adapter_of,
-            bias=bias,
+            bias=call.bias,
             lora_bias=lora_bias,
             dropout_p=dropout_p,
         )
     if adapter.magnitude is not None:
         return ops.dora_linear(
-            x,
-            weight,
+            x.to(call.dtype),
+            call.weight,
             adapter.lora_A,
             adapter.lora_B,
             adapter.scaling,
             adapter.magnitude,
-            bias=bias,
+            bias=call.bias,
             dropout_p=adapter.dropout_p,
         )
+    y = _groups.shared(layer, x, call)
+    if y is not None:
+        return y
     return ops.lora_linear(
-        x,
-        weight,
+        x.to(call.dtype),
+        call.weight,
         adapter.lora_A,
         adapter.lora_B,
         adapter.scaling,
-        bias=bias,
+        bias=call.bias,
         lora_bias=adapter.lora_bias,
         dropout_p=adapter.dropout_p,
     )

@@ -23,7 +23,7 @@ from fusetune.integrations._guards import (
     module_reason,
     no_kernel,
 )
-from fusetune.integrations.peft import Adapter, dense_dtype, fused_linear
+from fusetune.integrations.peft import Adapter, Call, dense_dtype, fused_linear
 from fusetune.nn.adalora_layers import special, triplets
 
 _PARAMETERS = ("lora_A", "lora_E", "lora_B", "ranknum")
@@ -122,7 +122,8 @@ class FusedSVDLinear(SVDLinear):
         dtype = dense_dtype(self, x, weight, adapter.lora_A.dtype)
         if dtype is None or no_kernel("lora_linear", x.device.type, dtype, weight.dtype):
             return super().forward(x)
-        return fused_linear(x.to(dtype), weight, base._parameters.get("bias"), adapter.folded())
+        call = Call(dtype, weight, base._parameters.get("bias"), adapter.folded())
+        return fused_linear(self, x, call)
 
     def _fused_adapter(self) -> SvdAdapter | str:
         base: Any = self._modules["base_layer"]

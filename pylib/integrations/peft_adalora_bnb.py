@@ -10,7 +10,7 @@ from torch import nn
 
 from fusetune.integrations._guards import call_reason, carrier, module_reason, no_kernel
 from fusetune.integrations.bitsandbytes import Linear4bit, dtype_fits
-from fusetune.integrations.peft import fused_linear
+from fusetune.integrations.peft import Call, fused_linear
 from fusetune.integrations.peft_adalora import (
     SvdAdapter,
     active_adapter,
@@ -52,7 +52,8 @@ class FusedSVDLinear4bit(SVDLinear4bit):
             or no_kernel("lora_linear", x.device.type, x.dtype)
         ):
             return super().forward(x)
-        return fused_linear(x, weight, base._parameters.get("bias"), adapter.folded())
+        call = Call(x.dtype, weight, base._parameters.get("bias"), adapter.folded())
+        return fused_linear(self, x, call)
 
     def _fused_adapter(self) -> SvdAdapter | str:
         base: Any = self._modules["base_layer"]

@@ -13,6 +13,7 @@ from fusetune.integrations._guards import call_reason, carrier, module_reason, n
 from fusetune.integrations.bitsandbytes import Linear4bit, dtype_fits
 from fusetune.integrations.peft import (
     Adapter,
+    Call,
     Several,
     active_adapter,
     fused_linear,
@@ -37,9 +38,14 @@ class FusedLinear4bit(PeftLinear4bit):
         names = kwargs.get("adapter_names")
         if args or len(kwargs) > (names is not None):  # alora_offsets
             return super().forward(x, *args, **kwargs)
+        call = self.fused_call(x, names)
+        return super().forward(x, **kwargs) if call is None else fused_linear(self, x, call)
+
+    def fused_call(self, x: torch.Tensor, names: Sequence[str] | None = None) -> Call | None:
+        """What is fused of a call with x, under adapter_names; None: PEFT's forward has to run."""
         adapter = self._fused_adapter(names)
         if isinstance(adapter, str) or call_reason(x) is not None or miscounts(x, names):
-            return super().forward(x, **kwargs)
+            return None
         base: Any = self._modules["base_layer"]
         weight = base.fused_weight()
         device = x.device.type
@@ -50,8 +56,8 @@ class FusedLinear4bit(PeftLinear4bit):
             or no_kernel(adapter.op, device, x.dtype)
             or (adapter.magnitude is not None and widens(x))
         ):
-            return super().forward(x, **kwargs)
-        return fused_linear(x, weight, base._parameters.get("bias"), adapter)
+            return None
+        return Call(x.dtype, weight, base._parameters.get("bias"), adapter)
 
     def _fused_adapter(self, names: Sequence[str] | None = None) -> Adapter | Several | str:
         base: Any = self._modules["base_layer"]

@@ -176,8 +176,9 @@ def _activated(experts: Any, projected: Tensor) -> Tensor:
     activation = experts._modules.get("act_fn")
     plain = type(activation) is _SILU and module_reason(activation, "act_fn", _SILU) is None
     default = type(experts)._apply_gate is getattr(moe, "_default_apply_gate", None)
-    if plain and default and not no_kernel("swiglu", device, dtype):
-        return ops.swiglu(*projected.chunk(2, -1))
+    if plain and default and not no_kernel("glu", device, dtype):
+        gate, up = projected.chunk(2, -1)
+        return ops.glu(gate, up)
     y = experts._apply_gate(projected)
     return y
 

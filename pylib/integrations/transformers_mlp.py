@@ -1,9 +1,10 @@
 """Fused activation of transformers' gated MLPs, by class swap.
 
 Dozens of transformers' models have the same MLP under a name of their own. They are known by their
-forward, which has to be `_stock_forward` below, instruction for instruction; a fused class is made
-for each class that is met. Projections are called as they are, whatever they have become (LoRA,
-4-bit, hooked); only the product of the activation and `up` is another's.
+forward, which has to be one of the `_stock` functions below, instruction for instruction; a fused
+class is made for each class that is met. Projections are called as they are, whatever they have
+become (LoRA, 4-bit, hooked); only the product of the activation and `up` is another's. An MLP whose
+forward Liger has replaced is left to Liger.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from fusetune import ops
+from fusetune.integrations import _groups
 from fusetune.integrations._guards import (
     KERNEL_DTYPES,
     call_reason,
@@ -24,7 +26,13 @@ from fusetune.integrations._guards import (
     no_kernel,
 )
 
-_SILU = (nn.SiLU, type(ACT2FN["silu"]))  # some transformers have a class of their own
+# Some transformers have classes of their own for what torch has too. "gelu_new" is tanh's GELU
+# written out: the same function, rounded after every operator.
+_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_new", "gelu_new": "gelu_new"}
+_KINDS: dict[type[nn.Module], str] = {type(ACT2FN[key]): name for key, name in _NAMES.items()}
+_KINDS |= {nn.SiLU: "silu"}
+_APPROXIMATE = {"none": "gelu", "tanh": "gelu_new"}
+_METHODS = {"silu": "swiglu", "gelu": "geglu", "gelu_new": "geglu"}
 
 
 class FusedGatedMLP:
@@ -32,38 +40,85 @@ class FusedGatedMLP:
 
     stock_class: type[nn.Module]
     method = "swiglu"
+    activation = "act_fn"  # its name in the module
 
     @classmethod
     def accepts(cls, module: Any) -> bool:
-        """Whether a module of the stock class is one of SwiGLU: others are none of ours."""
-        return type(module._modules.get("act_fn")) in _SILU
+        """Whether the activation of a module of the stock class is known: others are not ours."""
+        return _function(module._modules.get(cls.activation)) is not None
 
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        """x [..., H] -> [..., H], as the stock class."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if self._activation_reason() is not None or not _fusable(gate, up):
-            y: torch.Tensor = self.down_proj(self.act_fn(gate) * up)
-            return y
-        y = self.down_proj(ops.swiglu(gate, up))
+    @classmethod
+    def method_of(cls, module: Any) -> str:
+        """swiglu or geglu, for the report."""
+        return _METHODS.get(_function(module._modules.get(cls.activation)) or "", cls.method)
+
+    @staticmethod
+    def taken(module: Any) -> str | None:
+        """What is said of a module whose forward Liger has replaced; None for any other."""
+        own = module.__dict__.get("forward")
+        by_liger = str(getattr(own, "__module__", "")).startswith("liger_kernel.")
+        return "Liger computes it: its forward was replaced" if by_liger else None
+
+    def _gated(self: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """The activation of gate, times up."""
+        if self._activation_reason() is None and _fusable(gate, up):
+            return ops.glu(gate, up, _function(self._modules[self.activation]))  # type: ignore[arg-type]
+        y: torch.Tensor = getattr(self, self.activation)(gate) * up
         return y
 
     def _activation_reason(self: Any) -> str | None:
-        activation = self._modules.get("act_fn")
-        kind = type(activation)
-        return module_reason(activation, "act_fn", kind if kind in _SILU else nn.SiLU)
+        activation = self._modules.get(self.activation)
+        if _function(activation) is None:
+            return f"{self.activation} is a {type(activation).__name__}, which no kernel computes"
+        return module_reason(activation, self.activation, type(activation))
 
     def fused_reason(self: Any) -> str | None:
         """Why the module, in its present state, runs the stock expression; None: it is fused."""
-        reason: str | None = self._activation_reason()
+        reason: str | None = self.taken(self) or self._activation_reason()
         return reason or self.fused_carrier()[1]
 
     def fused_carrier(self: Any) -> tuple[str, str | None]:
         """(backend, reason against it) for activations of the parameters' device and dtype."""
-        return carrier("swiglu", *_case(self))
+        return carrier("glu", *_case(self))
+
+    @property
+    def present_method(self) -> str:
+        """swiglu or geglu, for the report."""
+        return self.method_of(self)
 
     def __reduce__(self: Any) -> tuple[Any, ...]:
         """By the stock class: this one is made at run time."""
         return _blank, (self.stock_class,), self.__dict__
+
+
+class _Separate(FusedGatedMLP):
+    """With a projection for each of gate and up: LLaMA's, Gemma's and many others'."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """x [..., H] -> [..., H], as the stock class."""
+        both = _groups.together(x, (self.gate_proj, self.up_proj))
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if both is None else both
+        y: torch.Tensor = self.down_proj(self._gated(gate, up))
+        return y
+
+
+class _Joined(FusedGatedMLP):
+    """With one projection for both: Phi-3's and GLM's."""
+
+    activation = "activation_fn"
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states [..., H] -> [..., H], as the stock class."""
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        y: torch.Tensor = self.down_proj(self._gated(gate, up))
+        return y
+
+
+def _function(activation: Any) -> str | None:
+    """The op's name of an activation module; None: it has none."""
+    if type(activation) is nn.GELU:
+        return _APPROXIMATE.get(activation.approximate)
+    return _KINDS.get(type(activation))
 
 
 def _case(module: nn.Module) -> tuple[str, torch.dtype]:
@@ -80,16 +135,29 @@ def _fusable(gate: Any, up: Any) -> bool:
         and call_reason(up) is None
         and gate.dtype in KERNEL_DTYPES
         and (gate.dtype, gate.shape, gate.device) == (up.dtype, up.shape, up.device)
-        and not no_kernel("swiglu", gate.device.type, gate.dtype)
+        and not no_kernel("glu", gate.device.type, gate.dtype)
     )
 
 
-def _stock_forward(self: Any, x: Any) -> Any:
+# --- which classes, and what Liger has taken ------------------------------------------------------
+
+
+def _stock_separate(self: Any, x: Any) -> Any:
     down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
     return down_proj
 
 
-_KINDS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR | inspect.CO_COROUTINE
+def _stock_joined(self: Any, hidden_states: Any) -> Any:
+    up_states = self.gate_up_proj(hidden_states)
+
+    gate, up_states = up_states.chunk(2, dim=-1)
+    up_states = up_states * self.activation_fn(gate)
+
+    return self.down_proj(up_states)
+
+
+_STOCK: tuple[tuple[Any, type[Any]], ...] = ((_stock_separate, _Separate), (_stock_joined, _Joined))
+_FLAGS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR | inspect.CO_COROUTINE
 SWAPS: dict[type[nn.Module], type[Any]] = {}
 _MET: set[type[nn.Module]] = set()
 
@@ -98,13 +166,18 @@ def discover(model: nn.Module) -> None:
     """Enters the MLP classes of a model in SWAPS."""
     for kind in {type(module) for module in model.modules()} - _MET:
         _MET.add(kind)
-        if kind.__module__.startswith("transformers.models.") and _has_the_stock_forward(kind):
+        if kind.__module__.startswith("transformers.models.") and _base_of(kind) is not None:
             fused_class(kind)
 
 
-def _has_the_stock_forward(kind: type[nn.Module]) -> bool:
+def _base_of(kind: type[nn.Module]) -> type[Any] | None:
+    """What fuses a class with one of the stock forwards; None for others."""
     code = getattr(kind.__dict__.get("forward"), "__code__", None)
-    return code is not None and _instructions(code) == _instructions(_stock_forward.__code__)
+    if code is None:
+        return None
+    found = _instructions(code)
+    bases = (base for stock, base in _STOCK if _instructions(stock.__code__) == found)
+    return next(bases, None)
 
 
 def _instructions(code: Any) -> tuple[Any, ...]:
@@ -116,15 +189,24 @@ def _instructions(code: Any) -> tuple[Any, ...]:
         code.co_consts,
         code.co_argcount,
         code.co_kwonlyargcount,
-        code.co_flags & _KINDS,
+        code.co_flags & _FLAGS,
     )
+
+
+def unsupported(module: nn.Module) -> tuple[str, str] | None:
+    """(method, reason) of an MLP of Liger's own classes; None for any other module."""
+    kind = type(module)
+    if not kind.__module__.startswith("liger_kernel.") or "down_proj" not in module._modules:
+        return None
+    method = "geglu" if "GEGLU" in kind.__name__ else "swiglu"
+    return method, f"Liger computes it: {kind.__name__}"
 
 
 def fused_class(stock: type[nn.Module]) -> type[Any]:
     """The fused class of an MLP's class; always the same one."""
     if stock not in SWAPS:
-        name = f"Fused{stock.__name__}"
-        SWAPS[stock] = type(name, (FusedGatedMLP, stock), {"stock_class": stock})
+        base = _base_of(stock) or _Separate
+        SWAPS[stock] = type(f"Fused{stock.__name__}", (base, stock), {"stock_class": stock})
     return SWAPS[stock]
 
 

@@ -20,6 +20,7 @@ from fusetune.ops.cross_entropy import cross_entropy
 from fusetune.ops.dequantize_4bit import dequantize_4bit
 from fusetune.ops.dora_linear import dora_linear
 from fusetune.ops.dora_norm import dora_norm
+from fusetune.ops.glu import glu
 from fusetune.ops.ia3_linear import ia3_linear
 from fusetune.ops.importance import importance
 from fusetune.ops.linear import linear
@@ -27,6 +28,7 @@ from fusetune.ops.linear_4bit import linear_4bit
 from fusetune.ops.lora_embedding import lora_embedding
 from fusetune.ops.lora_grouped_linear import lora_grouped_linear
 from fusetune.ops.lora_linear import lora_linear
+from fusetune.ops.lora_linear_group import LoraProjection, lora_linear_group
 from fusetune.ops.lora_up import lora_up
 from fusetune.ops.merge_lora import merge_lora
 from fusetune.ops.multi_lora_linear import multi_lora_linear
@@ -35,11 +37,11 @@ from fusetune.ops.prefix_attention import prefix_attention
 from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 from fusetune.ops.quantize_4bit import quantize_4bit
 from fusetune.ops.rms_norm import rms_norm
-from fusetune.ops.swiglu import swiglu
 
 __all__ = [
     "OPS",
     "Case",
+    "LoraProjection",
     "adapter_fusion",
     "backend",
     "bottleneck",
@@ -51,6 +53,7 @@ __all__ = [
     "empty_cache",
     "extend_labels",
     "extend_mask",
+    "glu",
     "ia3_linear",
     "importance",
     "linear",
@@ -58,6 +61,7 @@ __all__ = [
     "lora_embedding",
     "lora_grouped_linear",
     "lora_linear",
+    "lora_linear_group",
     "lora_up",
     "merge_lora",
     "multi_lora_linear",
@@ -69,6 +73,5 @@ __all__ = [
     "set_backend",
     "set_decode_int16",
     "set_isa",
-    "swiglu",
     "use_backend",
 ]

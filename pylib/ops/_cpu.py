@@ -62,7 +62,7 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Memory for a kernel to write: on the CPU whatever the default device is, and real."""
     pooled = _native.C is not None and math.prod(shape) * dtype.itemsize >= _BLOCK
     if pooled and dtype in DTYPE_CODES:
-        out: torch.Tensor = torch.from_dlpack(_native.C.block(shape, DTYPE_CODES[dtype]))
+        out: torch.Tensor = torch.from_dlpack(kernels().block(shape, DTYPE_CODES[dtype]))
     else:
         out = torch.empty(shape, dtype=dtype, device=_CPU)
     if type(out) is not torch.Tensor:

@@ -40,6 +40,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     masked: bool = False  # the tail has a dropout mask
+    repeatable: bool = True  # not for ways that add to what is there: they are never measured
 
     def key(self) -> str:
         """The name under which what was measured is kept."""
@@ -89,7 +90,7 @@ def choose(problem: Problem, ways: Ways) -> Callable[[], Tensor]:
     if name in ways:
         return ways[name]
     device = problem.device
-    if tuning() and not _capturing(device):
+    if problem.repeatable and tuning() and not _capturing(device):
         name = min(ways, key=lambda way: _seconds(ways[way], device))
         measured[key] = name
         _save(measured)

@@ -63,7 +63,8 @@ def linear(
     if _augments(weight, k, tail) and scale is None and _triton_takes(rows, weight):
         ways["augmented"] = lambda: _augmented(rows, weight, bias, tail)  # type: ignore[arg-type]
     what = "y" if scale is None else "y scaled"  # fewer ways, and so another choice
-    problem = Problem(what, m, n, k, _rank(tail), rows.dtype, rows.device)
+    repeatable = scale is None or scale.add is None
+    problem = Problem(what, m, n, k, _rank(tail), rows.dtype, rows.device, repeatable=repeatable)
     return choose(problem, ways)()
 
 
@@ -132,32 +133,46 @@ def _augmented(rows: Tensor, weight: Weight, bias: Tensor | None, tail: Tail) ->
 
 
 def linear_dx(
-    dy: Tensor, weight: Weight, tail: Tail | None = None, mask: Mask | None = None
+    dy: Tensor,
+    weight: Weight,
+    tail: Tail | None = None,
+    mask: Mask | None = None,
+    to: Tensor | None = None,
 ) -> Tensor:
-    """dX [M, K] in dy's dtype. dy: [M, N], rows contiguous; weight: [N, K]."""
+    """dX [M, K] in dy's dtype, added to `to`, contiguous, where that is given.
+
+    dy: [M, N], rows contiguous; weight: [N, K].
+    """
     (m, n), k = dy.shape, weight.shape[1]
     if m == 0 or n == 0 or k == 0:
-        return torch.zeros(m, k, dtype=dy.dtype, device=dy.device)
+        return torch.zeros(m, k, dtype=dy.dtype, device=dy.device) if to is None else to
     ways: Ways = {}
     if _cuda_takes(m, n, k, dy.dtype, weight, dx=True):
-        ways["cuda"] = lambda: _cuda.linear_4bit_dx(dy, weight, tail, mask)  # type: ignore[arg-type]
+        ways["cuda"] = lambda: _plus(to, _cuda.linear_4bit_dx(dy, weight, tail, mask))  # type: ignore[arg-type]
     if _triton_multiplies(dy, weight):
-        ways["triton"] = lambda: _triton_dx(dy, _dense(weight, dy), tail, mask)
-    ways["addmm"] = lambda: _addmm_dx(dy, _dense(weight, dy), tail, mask)
-    if _augments(weight, k, tail) and mask is None:
+        ways["triton"] = lambda: _triton_dx(dy, _dense(weight, dy), tail, mask, to)
+    ways["addmm"] = lambda: _addmm_dx(dy, _dense(weight, dy), tail, mask, to)
+    if _augments(weight, k, tail) and mask is None and to is None:
         ways["augmented"] = lambda: _augmented_dx(dy, weight, tail)  # type: ignore[arg-type]
-    problem = Problem("dx", m, n, k, _rank(tail), dy.dtype, dy.device, masked=mask is not None)
+    problem = Problem(
+        "dx", m, n, k, _rank(tail), dy.dtype, dy.device, mask is not None, repeatable=to is None
+    )
     return choose(problem, ways)()
+
+
+def _plus(to: Tensor | None, dx: Tensor) -> Tensor:
+    return dx if to is None else to.add_(dx)
 
 
 def _triton_dx(
     dy: Tensor | None, w: Tensor | None, tail: Tail | None, mask: Mask | None, dx: Any = None
 ) -> Tensor:
-    """Without dy and w: the tail alone is added to dx."""
+    """Added to dx where that is given. Without dy and w: the tail alone."""
     from fusetune._triton.linear import Dropout, launch_linear
     from fusetune._triton.linear import Tail as KernelTail
 
-    if dy is not None and w is not None:
+    add = dx is not None
+    if dy is not None and w is not None and not add:
         dx = torch.empty(dy.shape[0], w.shape[1], dtype=dy.dtype, device=dy.device)
     with _triton.on(dx.device):
         launch_linear(
@@ -167,13 +182,16 @@ def _triton_dx(
             arch=_triton.capability(dx.device),
             tail=None if tail is None else KernelTail(tail[0], tail[1].T, tail[2]),
             dropout=None if mask is None else Dropout(mask[1], **_triton.mask(*mask)),
+            add=add,
         )
     result: Tensor = dx
     return result
 
 
-def _addmm_dx(dy: Tensor, w: Tensor, tail: Tail | None, mask: Mask | None) -> Tensor:
-    dx = dy @ w
+def _addmm_dx(
+    dy: Tensor, w: Tensor, tail: Tail | None, mask: Mask | None, to: Tensor | None
+) -> Tensor:
+    dx = dy @ w if to is None else to.addmm_(dy, w)
     if tail is None:
         return dx
     ds, a, scaling = tail

@@ -88,21 +88,35 @@ def _forward(
     seed: Tensor | None,
     int16: bool,
 ) -> tuple[Tensor, Tensor]:
-    a, b = _cpu.fp32(lora_A), _cpu.fp32(lora_B)
-    s = shrink(rows, a, dropout_p, seed)
+    s = shrink(rows, _cpu.fp32(lora_A), dropout_p, seed)
+    return expand(rows, weight, s, lora_B, scaling, bias, lora_bias, int16), s
+
+
+def expand(
+    rows: Tensor,
+    weight: Weight,
+    s: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    lora_bias: Tensor | None,
+    int16: bool,
+) -> Tensor:
+    """y = rows weight^T + bias + scaling (s lora_B^T + lora_bias), in rows' dtype."""
+    b = _cpu.fp32(lora_B)
     n, r = b.shape
     tail = (s.data_ptr(), b.data_ptr(), r, scaling)
     stored = stored_transposed(rows, weight, _ROWS_TO_TILE)
     if stored is not None:
         left, right = _with_bias(s, b, scaling, _sum_biases(bias, lora_bias, scaling))
-        return _kernel_dx(rows, stored, rows.shape[1], left, right, None), s
+        return _kernel_dx(rows, stored, rows.shape[1], left, right, None, None)
     if isinstance(weight, Tensor) and torch_multiplies(rows, weight):
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
         # The tail in fp32, as in PEFT: addmm would round s and lora_B to 16 bits.
         scaled = _sum_biases(None, lora_bias, scaling)
-        return y.add_(_cpu.linear(s[:, :0], weight, n, scaled, tail, False)), s
+        return y.add_(_cpu.linear(s[:, :0], weight, n, scaled, tail, False))
     both = _sum_biases(bias, lora_bias, scaling)
-    return _cpu.linear(rows, with_contiguous_rows(weight), n, both, tail, int16), s
+    return _cpu.linear(rows, with_contiguous_rows(weight), n, both, tail, int16)
 
 
 def _with_bias(s: Tensor, b: Tensor, scaling: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -156,17 +170,23 @@ def da(rows: Tensor, ds: Tensor, p: float, seed: Tensor | None) -> Tensor:
 
 
 def dx(
-    dy: Tensor, weight: Weight, ds: Tensor, a: Tensor, dropout: tuple[int, int, float] | None
+    dy: Tensor,
+    weight: Weight,
+    ds: Tensor,
+    a: Tensor,
+    dropout: tuple[int, int, float] | None,
+    to: Tensor | None = None,
 ) -> Tensor:
-    """dy W + drop'(ds lora_A), in dy's dtype."""
+    """dy W + drop'(ds lora_A), in dy's dtype; added to `to`, without gaps, where that is given."""
     n = dy.shape[1]
     stored = stored_transposed(dy, weight)
     if stored is not None:
-        return _dx_of_transposed(dy, stored, ds, a, dropout)
+        dx = _dx_of_transposed(dy, stored, ds, a, dropout)
+        return dx if to is None else to.add_(dx)
     if isinstance(weight, Tensor) and torch_multiplies(dy, weight):
-        dx = dy @ weight
-        return dx.add_(_kernel_dx(ds, weight, 0, ds, a, dropout))
-    return _kernel_dx(dy, with_contiguous_rows(weight), n, ds, a, dropout)
+        dx = dy @ weight if to is None else to.addmm_(dy, weight)
+        return _kernel_dx(ds, weight, 0, ds, a, dropout, dx)
+    return _kernel_dx(dy, with_contiguous_rows(weight), n, ds, a, dropout, to)
 
 
 def _dx_of_transposed(
@@ -179,7 +199,7 @@ def _dx_of_transposed(
         return _cpu.linear(dy, stored, k, None, (ds.data_ptr(), right.data_ptr(), r, 1.0), False)
     # That direction of the kernel masks nothing: the tail is added to its result.
     dx = _cpu.linear(dy, stored, k, None, None, False)
-    return dx.add_(_kernel_dx(ds, stored, 0, ds, a, dropout))
+    return _kernel_dx(ds, stored, 0, ds, a, dropout, dx)
 
 
 def base_dx(dy: Tensor, weight: Weight) -> Tensor:
@@ -200,14 +220,15 @@ def _kernel_dx(
     ds: Tensor,
     a: Tensor,
     dropout: tuple[int, int, float] | None,
+    to: Tensor | None,
 ) -> Tensor:
     """dy[:, :n] weight[:n] + drop'(ds lora_A): the last term alone for n = 0."""
     r, k = a.shape
-    dx = _cpu.empty(dy.shape[0], k, dtype=dy.dtype)
+    kernels = _cpu.kernels()
+    run = kernels.linear_dx if to is None else kernels.linear_dx_add
+    dx = _cpu.empty(dy.shape[0], k, dtype=dy.dtype) if to is None else to
     tail = (ds.data_ptr(), a.data_ptr(), r, 1.0)
-    _cpu.kernels().linear_dx(
-        _cpu.matrix(dy), dy.shape[0], n, k, *_cpu.weight(weight), tail, dropout, _cpu.matrix(dx)
-    )
+    run(_cpu.matrix(dy), dy.shape[0], n, k, *_cpu.weight(weight), tail, dropout, _cpu.matrix(dx))
     return dx
 
 

@@ -70,7 +70,8 @@ class ByTriton:
 
         with _triton.on(rows.device):
             n_terms = terms(lora_A, rows.dtype, _triton.capability(rows.device))
-            launch_lora_da(rows, ds, dA, seed, **_triton.mask(p, seed), terms=n_terms)
+            seeds = None if seed is None else [seed]
+            launch_lora_da(rows, [ds], [dA], seeds, **_triton.mask(p, seed), terms=n_terms)
 
 
 class _ByTorch:
@@ -92,7 +93,7 @@ class _ByTorch:
         dA.copy_(ds.T @ dropout(rows.float(), p, seed))
 
 
-def _sum_biases(bias: Tensor | None, lora_bias: Tensor | None, scaling: float) -> Tensor | None:
+def sum_biases(bias: Tensor | None, lora_bias: Tensor | None, scaling: float) -> Tensor | None:
     """bias + scaling * lora_bias, fp32."""
     plain = None if bias is None else bias.detach().resolve_neg().float().contiguous()
     if lora_bias is None:
@@ -116,7 +117,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     a, b = _triton.adapter(lora_A), _triton.adapter(lora_B)
     s = narrow.shrink(rows, a, dropout_p, seed)
-    both = _sum_biases(bias, lora_bias, scaling)
+    both = sum_biases(bias, lora_bias, scaling)
     return _gpu_linear.linear(rows, weight, both, (s, b, scaling)), s
 
 

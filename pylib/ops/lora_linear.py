@@ -72,13 +72,13 @@ def lora_linear(
         )[0]
         return y
     arguments = (x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p, seed)
-    if grad and _any_requires_grad(x, lora_A, lora_B, bias, lora_bias):
+    if grad and any_requires_grad(x, lora_A, lora_B, bias, lora_bias):
         y = _LoraLinear.apply(*arguments)
         return y
     return _forward(*arguments, int16)[0]
 
 
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
+def any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -176,7 +176,7 @@ def _dense_dtype(weight: Weight) -> torch.dtype | None:
     return weight.dtype if isinstance(weight, Tensor) else None
 
 
-def _bias_grads(
+def bias_grads(
     dy: Tensor, scaling: float, bias: torch.dtype | None, lora_bias: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dbias, dlora_bias) for those whose dtype is given."""
@@ -238,7 +238,7 @@ class _LoraLinear(torch.autograd.Function):
                 need[2],
                 need[3],
             )
-        dbias, dlora_bias = _bias_grads(dy, ctx.scaling, ctx.bias_dtype, ctx.lora_bias_dtype)
+        dbias, dlora_bias = bias_grads(dy, ctx.scaling, ctx.bias_dtype, ctx.lora_bias_dtype)
         return dx, None, dA, dB, None, dbias, dlora_bias, None, None
 
 
@@ -302,7 +302,7 @@ def _library_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, .
         )
         for position, result, needed in zip((0, _A, _A + 1), results, need, strict=True):
             grads[position] = result if needed else None
-    grads[_A + 3], grads[_A + 4] = _bias_grads(dy, ctx.scaling, ctx.bias_dtype, ctx.lora_bias_dtype)
+    grads[_A + 3], grads[_A + 4] = bias_grads(dy, ctx.scaling, ctx.bias_dtype, ctx.lora_bias_dtype)
     return tuple(grads)
 
 

@@ -44,7 +44,9 @@ def da(r, p, adapter, k):
     from fusetune._triton.lora_da import launch_lora_da
 
     out, ds = zeros(r, k, dtype=adapter), zeros(SIZE, r, dtype=F32)
-    launch_lora_da(zeros(SIZE, k), ds, out, *mask(p), terms=0)
+    seed, threshold, factor = mask(p)
+    seeds = None if seed is None else [seed]
+    launch_lora_da(zeros(SIZE, k), [ds], [out], seeds, threshold, factor, terms=0)
 
 
 def masked_tail(r, p, adapter, k):

@@ -18,6 +18,10 @@ ValueSlope activated(Activation kind, double z) {
     const double below = 0.5 * std::erfc(-z / std::sqrt(2.0));
     return {z * below, below + z * std::exp(-0.5 * z * z) / std::sqrt(2 * 3.14159265358979323846)};
   }
+  if (kind == Activation::gelu_new) {
+    const double root = std::sqrt(2 / 3.14159265358979323846), t = std::tanh(root * (z + 0.044715 * z * z * z));
+    return {0.5 * z * (1 + t), 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * root * (1 + 3 * 0.044715 * z * z)};
+  }
   const double s = 1 / (1 + std::exp(-z));
   return {z * s, s * (1 + z * (1 - s))};
 }

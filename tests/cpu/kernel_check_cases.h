@@ -115,13 +115,20 @@ Result check_linear_dx(const Kernels& kernels) {
     const Floats left = random_floats(m * rank), right = random_floats(rank * k);
     const Doubles dys = dy.values(), l = doubles(left), r = doubles(right);
     for (const Dropout& drop : {kNoDropout, kSomeDropout}) {
-      kernels.linear_dx(dy.matrix(), m, n, k, w, {left.data(), right.data(), rank, 0.5f}, drop, dx.mut());
+      const LowRank tail{left.data(), right.data(), rank, 0.5f};
+      kernels.linear_dx(dy.matrix(), m, n, k, w, tail, drop, false, dx.mut());
       Doubles exact(static_cast<size_t>(m * k)), magnitude = exact;
       const std::vector<bool> keep = kept(drop, m, k);
       add_product(exact, magnitude, m, k, rank, {l, rank, 1}, {r, k, 1}, 0.5 * drop.scale, &keep);
       add_product(exact, magnitude, m, k, n, {dys, n, 1}, {values, k, 1});
       compare(result, dx.values(), exact, magnitude, std::sqrt(double(n + rank)), dtype,
               name + (drop.threshold ? " dropout" : ""));
+      dx.randomize();
+      const Doubles before = dx.values();
+      for (size_t i = 0; i < before.size(); ++i) exact[i] += before[i], magnitude[i] += std::fabs(before[i]);
+      kernels.linear_dx(dy.matrix(), m, n, k, w, tail, drop, true, dx.mut());
+      compare(result, dx.values(), exact, magnitude, std::sqrt(double(n + rank)), dtype,
+              name + (drop.threshold ? " dropout, added" : " added"));
     }
   });
   return result;
@@ -267,8 +274,8 @@ CrossEntropyResults check_cross_entropy(const Kernels& kernels) {
 #include "kernel_check_importance.h"
 #include "kernel_check_prefix.h"
 #include "kernel_check_prompt.h"
+#include "kernel_check_glu.h"
 #include "kernel_check_scale_columns.h"
-#include "kernel_check_swiglu.h"
 
 int check_table(const Kernels& kernels) {
   Report report{kernels.isa};
@@ -318,10 +325,10 @@ int check_table(const Kernels& kernels) {
   report("fusion_attend: dg", fusion.dg);
   report("fusion_attend: dvalues", fusion.dvalues);
   report("fusion_attend: doffset", fusion.doffset);
-  const SwigluResults swiglu = check_swiglu(kernels);
-  report("swiglu", swiglu.y);
-  report("swiglu: dgate", swiglu.dgate);
-  report("swiglu: dup", swiglu.dup);
+  const GluResults glu = check_glu(kernels);
+  report("glu", glu.y);
+  report("glu: dgate", glu.dgate);
+  report("glu: dup", glu.dup);
   const ScaleColumnsResults columns = check_scale_columns(kernels);
   report("scale_columns", columns.y);
   report("scale_columns_backward: dx", columns.dx);

@@ -16,6 +16,7 @@ COUNTED = (
     "rms_norm",
     "cross_entropy",
     "dora_linear",
+    "glu",
     "ia3_linear",
     "importance",
     "linear_4bit",
@@ -25,7 +26,6 @@ COUNTED = (
     "lora_up",
     "multi_lora_linear",
     "orthogonality",
-    "swiglu",
 )
 
 
@@ -60,6 +60,13 @@ def calls(monkeypatch):
 
     for name in COUNTED:
         monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
+    group = ops.lora_linear_group
+
+    def count_each(x, projections, **options):
+        names.extend(["lora_linear"] * len(projections))
+        return group(x, projections, **options)
+
+    monkeypatch.setattr(ops, "lora_linear_group", count_each)
     return names
 
 

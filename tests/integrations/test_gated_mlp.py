@@ -3,6 +3,7 @@
 import copy
 import importlib
 import pickle
+import types
 
 import pytest
 import tiny_models
@@ -15,6 +16,15 @@ from fusetune.integrations import transformers_mlp
 
 SIZES = {"hidden_size": 32, "intermediate_size": 40}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "granite", "deepseek_v3")
+WITH_GELU = {
+    "gemma": "gelu_pytorch_tanh",
+    "gemma2": "gelu_pytorch_tanh",
+    "gemma3": "gelu_pytorch_tanh",
+    "llama": "gelu",
+    "mistral": "gelu_new",
+    "qwen2": "gelu_python",
+}
+JOINED = ("phi3", "glm")  # one projection for gate and up
 
 
 def mlp(family="llama", **options):
@@ -34,7 +44,7 @@ def step(module, x):
 
 
 def rows(model):
-    return [row for row in fusetune.fuse(model).rows if row.method == "swiglu"]
+    return [row for row in fusetune.fuse(model).rows if row.method in ("swiglu", "geglu")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -45,7 +55,45 @@ def test_the_same_step_in_every_family(family, calls):
     [row] = rows(model)
     assert row.fused
     torch.testing.assert_close(step(model[0], x), expected)
-    assert calls == ["swiglu"]
+    assert calls == ["glu"]
+
+
+@pytest.mark.parametrize(("family", "activation"), WITH_GELU.items())
+def test_gelu(family, activation, calls):
+    """Both GELUs by all of their names, in the families that have them and in others."""
+    key = "hidden_activation" if family.startswith("gemma") else "hidden_act"
+    model = mlp(family, **{key: activation})
+    x = torch.randn(2, 5, 32)
+    expected = step(model[0], x)
+    [row] = rows(model)
+    assert row.fused
+    assert row.method == "geglu"
+    torch.testing.assert_close(step(model[0], x), expected)
+    assert calls == ["glu"]
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_torch_s_own_gelu(approximate, calls):
+    model, x = mlp(), torch.randn(3, 32)
+    model[0].act_fn = nn.GELU(approximate)
+    expected = step(model[0], x)
+    assert rows(model)[0].method == "geglu"
+    torch.testing.assert_close(step(model[0], x), expected)
+    assert calls == ["glu"]
+
+
+@pytest.mark.parametrize("family", JOINED)
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gate_and_up_in_one_projection(family, activation, calls):
+    model = mlp(family, hidden_act=activation)
+    x = torch.randn(2, 5, 32)
+    expected = step(model[0], x)
+    [row] = rows(model)
+    assert row.fused
+    assert row.method == ("swiglu" if activation == "silu" else "geglu")
+    torch.testing.assert_close(step(model[0], x), expected)
+    torch.testing.assert_close(model[0](hidden_states=x), expected[0])
+    assert calls == ["glu", "glu"]
 
 
 def test_a_model_s_loss_and_gradients(calls):
@@ -53,7 +101,7 @@ def test_a_model_s_loss_and_gradients(calls):
     expected = tiny_models.loss_and_grads(copy.deepcopy(model), inputs)
     assert [row.module for row in rows(model)] == ["model.layers.0.mlp", "model.layers.1.mlp"]
     got = tiny_models.loss_and_grads(model, inputs)
-    assert calls == ["swiglu", "swiglu", "cross_entropy"]
+    assert calls == ["glu", "glu", "cross_entropy"]
     torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
@@ -64,7 +112,7 @@ def test_projections_with_adapters_are_called(four_bit, calls):
     expected = tiny_models.loss_and_grads(model, inputs)
     assert fusetune.fuse(model).stock == []
     got = tiny_models.loss_and_grads(model, inputs)
-    assert calls.count("swiglu") == 1
+    assert calls.count("glu") == 1
     assert calls.count("lora_linear") == 7
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -77,14 +125,17 @@ def test_hooks_on_projections_and_on_the_mlp_are_called(calls):
             module.register_forward_hook(lambda *_, name=name: seen.append(name))
     model[0](x)
     assert seen == ["gate_proj", "up_proj", "down_proj", ""]
-    assert calls == ["swiglu"]
+    assert calls == ["glu"]
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda m: m.act_fn.register_forward_hook(lambda *_: None), "act_fn has hooks"),
-        (lambda m: setattr(m, "act_fn", nn.GELU()), "act_fn is a GELU, not a plain SiLU"),
+        (
+            lambda m: setattr(m, "act_fn", nn.Tanh()),
+            "act_fn is a Tanh, which no kernel computes",
+        ),
         (lambda m: setattr(m.act_fn, "forward", torch.tanh), "act_fn has a forward of its own"),
     ],
     ids=["hook", "another", "replaced"],
@@ -105,9 +156,9 @@ def test_other_activations_and_forwards_are_left_alone():
         def forward(self, x):
             return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
 
-    gemma = mlp("gemma", hidden_act="gelu_pytorch_tanh")
+    relu = mlp(hidden_act="relu")
     own = nn.ModuleList([Own(mlp()[0].config)])
-    for model in (gemma, own):
+    for model in (relu, own):
         kind = type(model[0])
         assert fusetune.fuse(model).rows == []
         assert type(model[0]) is kind
@@ -118,9 +169,9 @@ def test_a_forward_that_differs_is_not_the_stock_one(monkeypatch):
         down_proj = self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
         return down_proj
 
-    assert transformers_mlp._has_the_stock_forward(LlamaMLP)
+    assert transformers_mlp._base_of(LlamaMLP) is not None
     monkeypatch.setattr(LlamaMLP, "forward", swapped)
-    assert not transformers_mlp._has_the_stock_forward(LlamaMLP)
+    assert transformers_mlp._base_of(LlamaMLP) is None
 
 
 def test_half_precision_and_float64(calls):
@@ -165,7 +216,7 @@ def test_copies_are_fused_and_independent(copied, calls):
         model[0].gate_proj.weight.zero_()
     calls.clear()
     assert torch.equal(clone[0](x), expected)
-    assert calls == ["swiglu"]
+    assert calls == ["glu"]
     fusetune.unfuse(clone)
     assert type(clone[0]) is LlamaMLP
 
@@ -179,7 +230,7 @@ def test_checkpointing_recomputes_it(calls):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         calls.clear()
         got = tiny_models.loss_and_grads(model, inputs)
-        assert calls.count("swiglu") == 4
+        assert calls.count("glu") == 4
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -187,3 +238,42 @@ def test_a_dtype_without_a_kernel_is_reported():
     found = rows(mlp().double())
     assert found
     assert all("float64" in row.reason for row in found)
+
+
+# --- beside Liger, which puts its forwards into instances or its classes into transformers --------
+
+
+def liger(name="LigerSwiGLUMLP"):
+    """A stand-in: the library needs a GPU."""
+
+    def forward(self, x):
+        return self.down_proj(torch.tanh(self.gate_proj(x)) * self.up_proj(x))
+
+    forward.__module__ = "liger_kernel.transformers.swiglu"
+    return type(name, (nn.Module,), {"forward": forward, "__module__": forward.__module__})
+
+
+@pytest.mark.parametrize("first", ["liger", "fuse"])
+def test_a_forward_of_liger_s_is_left_and_reported(first, calls):
+    model, x = mlp(), torch.randn(3, 32)
+    if first == "fuse":
+        fusetune.fuse(model)
+    module = model[0]
+    module.forward = types.MethodType(liger().forward, module)
+    expected = module(x)
+    [row] = rows(model)
+    assert not row.fused
+    assert row.reason == "Liger computes it: its forward was replaced"
+    assert torch.equal(module(x), expected)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("LigerSwiGLUMLP", "swiglu"), ("LigerGEGLUMLP", "geglu")]
+)
+def test_a_class_of_liger_s_is_left_and_reported(name, method):
+    module = mlp()[0]
+    module.__class__ = type(name, (liger(name),), {"__module__": "liger_kernel.transformers.geglu"})
+    [row] = fusetune.fuse(nn.ModuleList([module])).rows
+    assert (row.method, row.reason) == (method, f"Liger computes it: {name}")
+    assert type(module).__name__ == name

@@ -47,7 +47,7 @@ def make(name, kind, length=LENGTH, dtype=torch.float32):
 def without_swiglu(model):
     """With an activation that is not fused: the prompt alone makes no difference to the bit."""
     for layer in model.base_model.model.layers:
-        layer.mlp.act_fn = torch.nn.GELU()
+        layer.mlp.act_fn = torch.nn.Tanh()
     return model
 
 
@@ -382,6 +382,7 @@ def test_scaled_embeddings():
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
+        hidden_activation="tanh",  # is not fused: see without_swiglu
     )
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):

@@ -117,6 +117,20 @@ def test_columns_can_be_scaled_before_the_bias(triton_sim):
         assert_same(z, product)
 
 
+def test_a_way_that_adds_is_not_measured(triton_sim, choices, monkeypatch):
+    """It would add as often as it is tried."""
+    monkeypatch.setenv("FUSETUNE_TUNE", "1")
+    x, weight, before = torch.randn(5, 64), torch.randn(24, 64), torch.randn(5, 24)
+    s, b, scale, added = torch.randn(5, 4), torch.randn(24, 4), torch.randn(24), before.clone()
+    _gpu_linear.linear(x, weight, None, (s, b, 0.5), _gpu_linear.Scale(scale, None, added))
+    assert_same(added, before + (x @ weight.T + 0.5 * s @ b.T) * scale)
+    dx = torch.randn(5, 64)
+    expected = dx + before @ weight
+    _gpu_linear.linear_dx(before, weight, to=dx)
+    assert_same(dx, expected)
+    assert not choices.exists()
+
+
 def test_a_measured_choice_is_kept_and_used(triton_sim, choices, monkeypatch):
     arguments = make(5, 24, 64, 4, BF16)
     ops.lora_linear(**arguments)

@@ -1,12 +1,12 @@
 """Backward passes that write over what was saved do so only where nobody else can see it.
 
-By cross_entropy and by swiglu, whose gradients are compared with those of inputs that are held.
+By cross_entropy and by glu, whose gradients are compared with those of inputs that are held.
 """
 
 import pytest
 import torch
 
-from fusetune.ops import cross_entropy, swiglu
+from fusetune.ops import cross_entropy, glu
 
 TARGET = torch.arange(6) % 9
 
@@ -16,10 +16,10 @@ def loss_of_logits(y):
 
 
 def loss_of_gate(y):
-    return swiglu(y, torch.linspace(-1, 1, y.numel()).to(y.dtype).view_as(y)).square().sum()
+    return glu(y, torch.linspace(-1, 1, y.numel()).to(y.dtype).view_as(y)).square().sum()
 
 
-OPS = {"cross_entropy": loss_of_logits, "swiglu": loss_of_gate}
+OPS = {"cross_entropy": loss_of_logits, "glu": loss_of_gate}
 
 
 @pytest.fixture(params=OPS)
@@ -131,11 +131,11 @@ def test_a_change_in_between_is_noticed(loss):
         value.backward()
 
 
-def test_both_arguments_of_swiglu_the_same(backend):
+def test_both_arguments_of_glu_the_same(backend):
     leaf, y = made(torch.float64 if backend == "reference" else torch.float32)
     kept = y.detach().clone().requires_grad_()
     [expected] = torch.autograd.grad((torch.nn.functional.silu(kept) * kept).sum(), kept)
-    value = swiglu(y, y).sum()
+    value = glu(y, y).sum()
     del y
     value.backward()
     torch.testing.assert_close(leaf.grad, -expected)
