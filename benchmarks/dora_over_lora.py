@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 
 from fusetune import ops
+from fusetune.bench.in_turn import in_turn
 from fusetune.env import cpu_name
 
 RANK, SCALING = 16, 2.0
@@ -48,17 +47,15 @@ def steps(m: int, n: int, dense: bool, dropout: float) -> dict[str, Callable[[],
 
 
 def compare(runs: dict[str, Callable[[], Any]], pairs: int) -> dict[str, float]:
-    """Median milliseconds of each, and of the pairs' ratios; the first pair is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(pairs + 1):
-        for name in list(runs) if number % 2 else list(reversed(runs)):
-            begin = time.perf_counter()
-            runs[name]()
-            if number:
-                seconds[name].append(time.perf_counter() - begin)
-    ratios = [b / a for a, b in zip(seconds["lora"], seconds["dora"], strict=True)]
-    row = {f"{name}_ms": 1e3 * statistics.median(times) for name, times in seconds.items()}
-    return {**row, "ratio": statistics.median(ratios)}
+    """Median milliseconds of each, and of the pairs' ratios."""
+
+    def step(kind: str, _: int) -> float:
+        runs[kind]()
+        return 1.0
+
+    turns = in_turn(list(runs), step, pairs)
+    row = {f"{kind}_ms": 1e3 * turns.median(kind) for kind in runs}
+    return {**row, "ratio": turns.ratio("dora", "lora")}
 
 
 def main() -> None:

@@ -69,6 +69,40 @@ def methods(found: dict[str, Any]) -> str:
     return f"{text}\n\nCalls of a layer without a method: {bare}." if bare else text
 
 
+def adalora_allocator(found: dict[str, Any]) -> str:
+    """From what benchmarks.adalora_allocator writes."""
+    rows = [
+        (name, f"{row['peft_ms']:.1f} ms", f"{row['ours_ms']:.1f} ms", f"{row['ratio']:.1f}×")
+        for name, row in found["rows"].items()
+    ]
+    return _table(found, ("", "PEFT", "ours", ""), rows)
+
+
+def multi_adapter(found: dict[str, Any]) -> str:
+    """From what benchmarks.multi_adapter writes."""
+    rows = []
+    for name, row in found["rows"].items():
+        times = (f"{1000 * row[f'{kind}_s']:.2f} ms" for kind in ("stock", "fused", "base"))
+        rows.append((name, *times, f"{row['speedup']:.2f}×", f"{row['difference']:.0e}"))
+    headers = ("", "PEFT", "fused", "PEFT's base layer alone", "", "results differ by")
+    return _table(found, headers, rows)
+
+
+def dora_over_lora(found: dict[str, Any]) -> str:
+    """From what benchmarks.dora_over_lora writes."""
+    rows = [
+        (
+            f"{row['m']} × {row['n']} × {row['n']} {row['weight']}"
+            + (f", dropout {row['dropout']:g}" if row["dropout"] else ""),
+            f"{row['lora_ms']:.1f} ms",
+            f"{row['dora_ms']:.1f} ms",
+            f"{row['ratio']:.2f}",
+        )
+        for row in found["rows"]
+    ]
+    return _table(found, ("forward + backward", "LoRA", "DoRA", "of LoRA's time"), rows)
+
+
 def _calls(calls: dict[str, Any] | None) -> tuple[str, ...]:
     if calls is None:
         return "", ""

@@ -40,6 +40,16 @@ METHODS = RESULTS / "methods.json"
 ADAPTERS_PICTURE = ROOT / "docs" / "adapters_minilm.png"
 
 
+# Tables that method_tables renders from a file of the same name.
+METHOD_TABLES = (
+    "prefix_tuning",
+    "prompt_tuning",
+    "adalora_allocator",
+    "multi_adapter",
+    "dora_over_lora",
+)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme")
     parser.add_argument("--demo", type=Path, help="output folder of a demo to take over")
@@ -93,7 +103,7 @@ def section(name: str) -> str:
         return f"{glue_report.table(json.loads(GLUE.read_text()))}\n"
     if name == "methods":
         return f"{method_tables.methods(json.loads(METHODS.read_text()))}\n"
-    if name in ("prefix_tuning", "prompt_tuning"):
+    if name in METHOD_TABLES:
         path = RESULTS / f"{name.replace('_', '-')}.json"
         return f"{getattr(method_tables, name)(json.loads(path.read_text()))}\n"
     return demo_table() if name == "demo" else op_tables(name)

@@ -9,7 +9,7 @@
 #include <atomic>
 #include <cmath>
 
-#include "../parallel.h"
+#include "elementwise.h"
 #include "exp.h"
 #include "isa_kernels.h"
 
@@ -17,7 +17,6 @@ namespace fusetune::FUSETUNE_ISA {
 
 namespace {
 
-constexpr int64_t kChunkElements = 16384;
 constexpr int kUnroll = 4;                        // vectors at a time: hides the latency of exp's chain
 constexpr int64_t kStep = kUnroll * kLanes;
 constexpr int64_t kBlock = 1024 / kStep * kStep;  // elements summed in fp32 before the sum goes to double
@@ -95,14 +94,6 @@ void with_type(Dtype dtype, const Function& f) {
   f(static_cast<bf16*>(nullptr));
 }
 
-template <class Function>
-void for_rows(int64_t m, int64_t v, const Function& f) {
-  const int64_t rows = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, v));
-  parallel_chunks((m + rows - 1) / rows, [&](int64_t chunk) {
-    for (int64_t row = chunk * rows; row < std::min(m, (chunk + 1) * rows); ++row) f(row);
-  });
-}
-
 }  // namespace
 
 int64_t cross_entropy(const Matrix& logits, int64_t m, int64_t v, const int64_t* target, int64_t ignore_index,
@@ -112,7 +103,7 @@ int64_t cross_entropy(const Matrix& logits, int64_t m, int64_t v, const int64_t*
   }
   with_type(logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for_rows(m, v, [&](int64_t row) {
+    for_rows_of(m, v, [&](int64_t row) {
       loss[row] = lse[row] = 0;
       if (target[row] == ignore_index) return;
       const T* x = static_cast<const T*>(logits.data) + row * logits.ld;
@@ -126,7 +117,7 @@ void cross_entropy_backward(const Matrix& logits, int64_t m, int64_t v, const in
                             float smoothing, const float* lse, const float* dloss, const MutMatrix& dlogits) {
   with_type(logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for_rows(m, v, [&](int64_t row) {
+    for_rows_of(m, v, [&](int64_t row) {
       const T* x = static_cast<const T*>(logits.data) + row * logits.ld;
       T* dx = static_cast<T*>(dlogits.data) + row * dlogits.ld;
       if (target[row] == ignore_index) {

@@ -3,48 +3,24 @@
 // Tiling: rows in chunks of about 16 Ki elements, a few vectors at a time; nothing is kept between elements.
 // Bytes for fp32: forward 8 M N read and 4 M N written, backward 12 M N read and 8 M N written, all once. PyTorch, by
 // the operator: forward 12 and 8, backward 24 and 12, and f(gate) is kept between the two.
-#include <algorithm>
 #include <type_traits>
 
-#include "../parallel.h"
 #include "activation.h"
+#include "elementwise.h"
 #include "isa_kernels.h"
 
 namespace fusetune::FUSETUNE_ISA {
 
 namespace {
 
-constexpr int64_t kChunkElements = 16384;
 constexpr int kUnroll = 2;  // vectors at a time: hides the latency of exp's chain
-constexpr int64_t kStep = kUnroll * kLanes;
 
 template <Activation kind>
 using Kind = std::integral_constant<Activation, kind>;
 
-// Calls f(i, lanes) for the vectors of a row; lanes is kLanes but for the last one.
-template <class Function>
-FUSETUNE_INLINE void for_vectors(int64_t n, const Function& f) {
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    for (int u = 0; u < kUnroll; ++u) f(i + u * kLanes, kLanes);
-  }
-  for (; i < n; i += kLanes) f(i, static_cast<int>(std::min<int64_t>(kLanes, n - i)));
-}
-
-template <class T>
-FUSETUNE_INLINE F read(const T* p, int lanes) {
-  return lanes == kLanes ? load(p) : load_part(p, lanes);
-}
-
-template <class T>
-FUSETUNE_INLINE void write(T* p, F v, int lanes) {
-  if (lanes == kLanes) return store(p, v);
-  store_part(p, v, lanes);
-}
-
 template <Activation kind, class T>
 void forward_row(const T* gate, const T* up, int64_t n, T* y) {
-  for_vectors(n, [&](int64_t i, int lanes) {
+  for_vectors<kUnroll>(0, n, [&](int64_t i, int lanes) {
     const F value = activate<kind>(read(gate + i, lanes)).value;
     write(y + i, mul(value, read(up + i, lanes)), lanes);
   });
@@ -52,19 +28,11 @@ void forward_row(const T* gate, const T* up, int64_t n, T* y) {
 
 template <Activation kind, class T>
 void backward_row(const T* dy, const T* gate, const T* up, int64_t n, T* dgate, T* dup) {
-  for_vectors(n, [&](int64_t i, int lanes) {
+  for_vectors<kUnroll>(0, n, [&](int64_t i, int lanes) {
     const ValueAndSlope f = activate<kind>(read(gate + i, lanes));
     const F upper = read(dy + i, lanes), other = read(up + i, lanes);
     if (dgate) write(dgate + i, mul(mul(upper, other), f.slope), lanes);
     if (dup) write(dup + i, mul(upper, f.value), lanes);
-  });
-}
-
-template <class Function>
-void for_rows(int64_t m, int64_t n, const Function& f) {
-  const int64_t rows = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, n));
-  parallel_chunks((m + rows - 1) / rows, [&](int64_t chunk) {
-    for (int64_t row = chunk * rows; row < std::min(m, (chunk + 1) * rows); ++row) f(row);
   });
 }
 
@@ -96,7 +64,7 @@ void with_types(Dtype dtype, Activation kind, const Run& run) {
 void glu(const Matrix& gate, const Matrix& up, int64_t m, int64_t n, Activation kind, const MutMatrix& y) {
   with_types(gate.dtype, kind, [&](auto* type, auto f) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for_rows(m, n, [&](int64_t row) {
+    for_rows_of(m, n, [&](int64_t row) {
       forward_row<decltype(f)::value>(row_of<T>(gate, row), row_of<T>(up, row), n, row_of<T>(y, row));
     });
   });
@@ -106,7 +74,7 @@ void glu_backward(const Matrix& dy, const Matrix& gate, const Matrix& up, int64_
                   const MutMatrix& dgate, const MutMatrix& dup) {
   with_types(gate.dtype, kind, [&](auto* type, auto f) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for_rows(m, n, [&](int64_t row) {
+    for_rows_of(m, n, [&](int64_t row) {
       backward_row<decltype(f)::value>(row_of<T>(dy, row), row_of<T>(gate, row), row_of<T>(up, row), n,
                                        row_of<T>(dgate, row), row_of<T>(dup, row));
     });

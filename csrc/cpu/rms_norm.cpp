@@ -6,15 +6,13 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../parallel.h"
-#include "isa/isa.h"
+#include "elementwise.h"
 #include "isa_kernels.h"
 
 namespace fusetune::FUSETUNE_ISA {
 
 namespace {
 
-constexpr int64_t kChunkElements = 16384;
 constexpr int kSums = 4;  // at a time: hides the latency of FMAs
 
 // The sum over i of f(i, lanes), vectors; lanes is kLanes but for the last one.
@@ -30,32 +28,10 @@ FUSETUNE_INLINE float sum_over(int64_t n, const Function& f) {
   return hsum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
 }
 
-template <class Function>
-FUSETUNE_INLINE void for_vectors(int64_t n, const Function& f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
-  if (i < n) f(i, static_cast<int>(n - i));
-}
-
-FUSETUNE_INLINE F read(const float* p, int lanes) { return lanes == kLanes ? load(p) : load_part(p, lanes); }
-
-FUSETUNE_INLINE void write(float* p, F v, int lanes) {
-  if (lanes == kLanes) return store(p, v);
-  store_part(p, v, lanes);
-}
-
-template <class Function>
-void for_rows(int64_t m, int64_t n, const Function& f) {
-  const int64_t rows = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, n));
-  parallel_chunks((m + rows - 1) / rows, [&](int64_t chunk) {
-    for (int64_t r = chunk * rows, end = std::min(m, r + rows); r < end; ++r) f(r);
-  });
-}
-
 }  // namespace
 
 void rms_norm(const Matrix& x, int64_t m, int64_t n, const float* weight, float eps, float* y, float* rstd) {
-  for_rows(m, n, [&](int64_t r) {
+  for_rows_of(m, n, [&](int64_t r) {
     const float* const row = static_cast<const float*>(x.data) + r * x.ld;
     const float squares = sum_over(n, [&](int64_t i, int lanes, F sum) {
       const F v = read(row + i, lanes);
@@ -63,7 +39,7 @@ void rms_norm(const Matrix& x, int64_t m, int64_t n, const float* weight, float 
     });
     rstd[r] = 1.f / std::sqrt(squares / static_cast<float>(n) + eps);
     const F scale = set1(rstd[r]);
-    for_vectors(n, [&](int64_t i, int lanes) {
+    for_vectors<2>(0, n, [&](int64_t i, int lanes) {
       write(y + r * n + i, mul(read(weight + i, lanes), mul(read(row + i, lanes), scale)), lanes);
     });
   });
@@ -71,14 +47,14 @@ void rms_norm(const Matrix& x, int64_t m, int64_t n, const float* weight, float 
 
 void rms_norm_dx(const Matrix& dy, const Matrix& x, int64_t m, int64_t n, const float* weight, const float* rstd,
                  float* dx) {
-  for_rows(m, n, [&](int64_t r) {
+  for_rows_of(m, n, [&](int64_t r) {
     const float* const upper = static_cast<const float*>(dy.data) + r * dy.ld;
     const float* const row = static_cast<const float*>(x.data) + r * x.ld;
     const float along = sum_over(n, [&](int64_t i, int lanes, F sum) {
       return fma(mul(read(upper + i, lanes), read(weight + i, lanes)), read(row + i, lanes), sum);
     });
     const F scale = set1(rstd[r]), factor = set1(-along / static_cast<float>(n) * rstd[r] * rstd[r]);
-    for_vectors(n, [&](int64_t i, int lanes) {
+    for_vectors<2>(0, n, [&](int64_t i, int lanes) {
       const F own = mul(read(upper + i, lanes), read(weight + i, lanes));
       write(dx + r * n + i, mul(fma(read(row + i, lanes), factor, own), scale), lanes);
     });

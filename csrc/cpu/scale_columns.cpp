@@ -8,8 +8,7 @@
 // the product dy x, and for 16 bits an fp32 copy of what it sums.
 #include <algorithm>
 
-#include "../parallel.h"
-#include "isa/isa.h"
+#include "elementwise.h"
 #include "isa_kernels.h"
 #include "workspace.h"
 
@@ -20,23 +19,6 @@ namespace {
 constexpr int64_t kRows = 64;
 constexpr int64_t kCols = 2048;
 constexpr int64_t kStep = 4;  // rows added to the sums at a time
-
-// Calls f(i, lanes) for the vectors of columns [begin, end); lanes is kLanes but for the last one.
-template <class Function>
-FUSETUNE_INLINE void for_vectors(int64_t begin, int64_t end, const Function& f) {
-  for (int64_t i = begin; i < end; i += kLanes) f(i, static_cast<int>(std::min<int64_t>(kLanes, end - i)));
-}
-
-template <class T>
-FUSETUNE_INLINE F read(const T* p, int lanes) {
-  return lanes == kLanes ? load(p) : load_part(p, lanes);
-}
-
-template <class T>
-FUSETUNE_INLINE void write(T* p, F v, int lanes) {
-  if (lanes == kLanes) return store(p, v);
-  store_part(p, v, lanes);
-}
 
 // Calls f(first row, end row, first column, end column, number of the chunk of rows).
 template <class Function>
@@ -59,7 +41,7 @@ FUSETUNE_INLINE void add_rows(const Matrix& dy, const Matrix& x, int64_t row, in
   const T* const dy_rows = static_cast<const T*>(dy.data) + row * dy.ld;
   const T* const x_rows = sums.scale ? static_cast<const T*>(x.data) + row * x.ld : nullptr;
   T* const dx_rows = dx.data ? static_cast<T*>(dx.data) + row * dx.ld : nullptr;
-  for_vectors(begin, end, [&](int64_t i, int lanes) {
+  for_vectors<1>(begin, end, [&](int64_t i, int lanes) {
     F product = zero(), sum = zero();
     const F factor = dx_rows ? read(scale + i, lanes) : zero();
     for (int r = 0; r < count; ++r) {
@@ -90,7 +72,7 @@ void add_parts(const float* parts, int64_t count, int64_t n, float* out) {
     const int64_t begin = chunk * kCols, end = std::min(n, begin + kCols);
     std::fill(out + begin, out + end, 0.f);
     for (int64_t part = 0; part < count; ++part) {
-      for_vectors(begin, end, [&](int64_t i, int lanes) {
+      for_vectors<1>(begin, end, [&](int64_t i, int lanes) {
         write(out + i, add(read(out + i, lanes), read(parts + part * n + i, lanes)), lanes);
       });
     }
@@ -114,7 +96,7 @@ void scale_columns(const Matrix& x, int64_t m, int64_t n, const float* scale, co
       for (; row < last; ++row) {
         const T* const from = static_cast<const T*>(x.data) + row * x.ld;
         T* const to = static_cast<T*>(y.data) + row * y.ld;
-        for_vectors(begin, end, [&](int64_t i, int lanes) {
+        for_vectors<1>(begin, end, [&](int64_t i, int lanes) {
           const F offset = bias ? read(bias + i, lanes) : zero();
           write(to + i, fma(read(scale + i, lanes), read(from + i, lanes), offset), lanes);
         });

@@ -9,7 +9,6 @@ forward Liger has replaced is left to Liger.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from fusetune.integrations._guards import (
     module_reason,
     no_kernel,
 )
+from fusetune.integrations._stock_forward import has_forward
 
 # Some transformers have classes of their own for what torch has too. "gelu_new" is tanh's GELU
 # written out: the same function, rounded after every operator.
@@ -157,7 +157,6 @@ def _stock_joined(self: Any, hidden_states: Any) -> Any:
 
 
 _STOCK: tuple[tuple[Any, type[Any]], ...] = ((_stock_separate, _Separate), (_stock_joined, _Joined))
-_FLAGS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR | inspect.CO_COROUTINE
 SWAPS: dict[type[nn.Module], type[Any]] = {}
 _MET: set[type[nn.Module]] = set()
 
@@ -172,25 +171,7 @@ def discover(model: nn.Module) -> None:
 
 def _base_of(kind: type[nn.Module]) -> type[Any] | None:
     """What fuses a class with one of the stock forwards; None for others."""
-    code = getattr(kind.__dict__.get("forward"), "__code__", None)
-    if code is None:
-        return None
-    found = _instructions(code)
-    bases = (base for stock, base in _STOCK if _instructions(stock.__code__) == found)
-    return next(bases, None)
-
-
-def _instructions(code: Any) -> tuple[Any, ...]:
-    """All that makes a function do what it does, if it reads no globals."""
-    return (
-        code.co_code,
-        code.co_names,
-        code.co_varnames,
-        code.co_consts,
-        code.co_argcount,
-        code.co_kwonlyargcount,
-        code.co_flags & _FLAGS,
-    )
+    return next((base for stock, base in _STOCK if has_forward(kind, stock)), None)
 
 
 def unsupported(module: nn.Module) -> tuple[str, str] | None:

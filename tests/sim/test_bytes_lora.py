@@ -40,7 +40,7 @@ def plans(m, n, k, r):
     rows, cols, _ = lora_ds_db._tiles(BF16, _tile.rank_block(r), 1)
     blocks = -(-n // cols)
     ds_db = blocks, *_tile.splits(blocks, -(-m // rows), _tile.PROGRAMS // 2)[:1]
-    rows, cols, _, _ = lora_da._tiles(BF16, _tile.rank_block(r), None, 1)
+    rows, cols, _, _ = lora_da._tiles(BF16, _tile.rank_block(r), None, 1, 1)
     da = -(-k // cols), *_tile.splits(-(-k // cols), -(-m // rows))[:1]
     return shrink, ds_db, da
 
