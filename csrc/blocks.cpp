@@ -11,7 +11,6 @@ namespace fusetune {
 namespace {
 
 constexpr size_t kPage = 4096, kHugePage = size_t{2} << 20;
-constexpr size_t kLargestKept = size_t{64} << 20;  // larger ones are few, and would be missed elsewhere
 
 // Never destroyed: tensors may outlive static objects.
 struct Pool {
@@ -76,7 +75,7 @@ void give_block(void* block, size_t bytes) {
   const size_t size = whole_pages(bytes);
   Pool& p = pool();
   const std::unique_lock<std::mutex> lock(p.mutex, std::try_to_lock);
-  if (!lock || size > kLargestKept) {
+  if (!lock) {
     munmap(block, size);
     return;
   }

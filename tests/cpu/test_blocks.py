@@ -62,11 +62,6 @@ def test_no_more_is_kept_than_was_in_use_at_once():
     assert ops.empty_cache() <= 6 * MIB
 
 
-def test_blocks_too_large_to_be_missed_are_not_kept():
-    block(65)  # freed at once
-    assert ops.empty_cache() == 0
-
-
 def test_threads_do_not_share_a_block():
     def work(number):
         for _ in range(200):
