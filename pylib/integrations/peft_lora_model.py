@@ -5,6 +5,10 @@ refuses them to a model in training. Its layers differentiate as well as any, so
 lifted; and the layers that gradient checkpointing computes once more in the backward pass, when
 those hooks are gone, are given the names again.
 
+That is transformers' gradient checkpointing. A model that a caller checkpoints himself, by
+torch.utils.checkpoint, is computed once more without the names: give them inside what is
+checkpointed, not around it.
+
 PEFT trains the adapters that are active; `model.set_requires_grad(names)` adds the others.
 """
 
