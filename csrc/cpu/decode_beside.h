@@ -1,8 +1,10 @@
 // Decodes a rectangle of a 4-bit weight, run by run, while the tiles of another one multiply.
 //
-// Tiling. For 8 output columns and kRun elements of the reduction there are 8 runs of kRun weights to decode, so a tile
-// of 8 columns decodes one run every kRun / 8 elements: 4 vectors and one scaled codebook, about 10 cycles of shuffles
-// and stores in the shadow of 64 to 192 cycles of FMAs. At 32 rows decoding on its own takes a tenth of the time.
+// Tiling. For 8 output columns and kRun elements of the reduction there are 8 runs of kRun weights to decode, so on
+// AVX-512 a tile of 8 columns decodes one run every kRun / 8 elements: 4 vectors and one scaled codebook, about 10
+// cycles of shuffles and stores in the shadow of 64 to 192 cycles of FMAs. AVX2 has three registers to spare and decodes
+// one every 16 elements, an eighth at a time: what 4 columns need. At 32 rows decoding on its own takes a
+// tenth of the time.
 #pragma once
 #include <type_traits>
 
@@ -12,37 +14,46 @@
 namespace fusetune {
 namespace FUSETUNE_ISA {
 
-// Only where the registers hold a tile's accumulators and a codebook: elsewhere the accumulators would be spilled.
-#if defined(FUSETUNE_ISA_AVX512)
+#if defined(FUSETUNE_ISA_AVX512) || defined(FUSETUNE_ISA_AVX2)
 constexpr bool kDecodesBeside = true;
 #else
 constexpr bool kDecodesBeside = false;
 #endif
+// A tile decodes as many weights as so many columns of it multiply.
+#if defined(FUSETUNE_ISA_AVX2)
+constexpr int kColumnsBeside = 4;
+constexpr int kMaxRuns = 256;  // of a group: gemm_layout.h
+#else
+constexpr int kColumnsBeside = 8;
+#endif
+
+// What is decoded next.
+struct Cursor {
+  int64_t done;  // pieces of a row
+  uint64_t i;    // of the piece, in the flattened weight
+  float* dst;
+  int64_t halves;  // of runs behind it; AVX2, nested
+};
 
 // What both kinds of decoding step through: rows of a weight, `cols` columns from `col` on, in pieces.
 struct Rectangle {
   Weight4bit w;
   Codebook code;
   int shift, nested_shift;
-  int64_t pieces, done = 0;  // of a row
-  uint64_t i;                // of the next piece, in the flattened weight
-  uint64_t row_step;         // from the end of a row's pieces to the next row's
-  uint64_t ahead;            // prefetching
-  float* dst;
+  int64_t pieces;     // of a row
+  uint64_t row_step;  // from the end of a row's pieces to the next row's
+  uint64_t ahead;     // prefetching
   int64_t dst_step;
 
   // rows_at_once: that a piece takes; dst_row: floats that a row's columns fill; stride: from one of them to the next
-  Rectangle(const Rows& rows, int64_t row, int64_t col, int64_t cols, int64_t pieces, int rows_at_once, float* dst,
-            int64_t dst_row, int64_t stride)
+  Rectangle(const Rows& rows, int64_t cols, int64_t pieces, int rows_at_once, int64_t dst_row, int64_t stride)
       : w(*rows.quantized),
         code(rows.code),
         shift(rows.block_shift),
         nested_shift(rows.nested_shift),
         pieces(pieces),
-        i(static_cast<uint64_t>(row * w.cols + col)),
         row_step(static_cast<uint64_t>(rows_at_once * w.cols - cols)),
         ahead(static_cast<uint64_t>(kPrefetchRows * w.cols)),
-        dst(dst),
         dst_step(stride - dst_row) {}
 
   template <bool nested>
@@ -58,67 +69,133 @@ struct Rectangle {
       __builtin_prefetch(w.absmax + (element >> shift));
     }
   }
-  FUSETUNE_INLINE_METHOD void advance(uint64_t elements, int64_t floats) {
-    i += elements;
-    dst += floats;
-    if (++done == pieces) {
-      done = 0;
-      i += row_step;
-      dst += dst_step;
+  FUSETUNE_INLINE_METHOD void advance(Cursor& next, uint64_t elements, int64_t floats) const {
+    next.i += elements;
+    next.dst += floats;
+    if (++next.done == pieces) {
+      next.done = 0;
+      next.i += row_step;
+      next.dst += dst_step;
     }
   }
 };
 
-// Rows [row, ..) x columns [col, col + cols) of the weight, as floats or as pairs of neighbours in a row, into
+// The first piece of a rectangle at (row, col), and of the buffer.
+static inline Cursor cursor_at(const Rows& rows, int64_t row, int64_t col, float* dst) {
+  return {0, static_cast<uint64_t>(row * rows.quantized->cols + col), dst, 0};
+}
+
+// Rows [row, row + count) x columns [col, col + cols) of the weight, as floats or as pairs of neighbours in a row, into
 // dst[r * stride + c / elements]. Every run must lie in one block and in whole bytes: see can_decode_beside.
+#if defined(FUSETUNE_ISA_AVX2)
+template <bool nested, class Elements>
+struct DecodeRuns {
+  static constexpr int kParts = 4, kEvery = 2, kHalf = 32;
+  using Own = const DecodeRuns&;  // no registers for it
+  Rectangle at;
+  Cursor cursor;
+  int64_t tiles;           // that have to decode until all is done
+  float absmax[kMaxRuns];  // of each run, where nested: three dependent loads would be too much beside a tile
+
+  DecodeRuns(const Rows& rows, int64_t row, int64_t count, int64_t col, int64_t cols, float* dst, int64_t stride,
+             int64_t group)
+      : at(rows, cols, cols / kHalf, 1, cols, stride),
+        cursor(cursor_at(rows, row, col, dst)),
+        tiles(group / kColumnsBeside) {
+    if constexpr (nested) {
+      float* to = absmax;
+      for (int64_t r = 0; r < count; ++r) {
+        const uint64_t first = cursor.i + static_cast<uint64_t>(r * at.w.cols), end = first + static_cast<uint64_t>(cols);
+        for (uint64_t i = first; i < end; i += kRun) {
+          *to++ = block_absmax<true>(at.w, at.nested_shift, i >> at.shift);
+        }
+      }
+    }
+  }
+
+  template <class Function>
+  FUSETUNE_INLINE_METHOD void step(Cursor& next, const Function& between) const {
+    DecodeParts parts;
+    parts.unpack_nibbles(at.w.packed + next.i / 2);
+    between();
+    parts.look_up_low(at.code);
+    between();
+    parts.look_up_high(at.code);
+    between();
+    at.prefetch<nested>(next.i + at.ahead);
+    parts.store_scaled(nested ? absmax[next.halves++ / 2] : at.w.absmax[next.i >> at.shift], next.dst);
+    at.advance(next, kHalf, kHalf);
+    between();
+  }
+};
+#else
 template <bool nested, class Elements>
 struct DecodeRuns {
   static constexpr int kFloats = kRun / Elements::WideVec::elements;
+  static constexpr int kParts = 1, kEvery = kFloats / 8;
+  using Own = const DecodeRuns;  // in registers
   Rectangle at;
+  Cursor cursor;
+  int64_t tiles;  // that have to decode until all is done
 
-  DecodeRuns(const Rows& rows, int64_t row, int64_t col, int64_t cols, float* dst, int64_t stride)
-      : at(rows, row, col, cols, cols / kRun, 1, dst, cols / Elements::WideVec::elements, stride) {}
+  DecodeRuns(const Rows& rows, int64_t row, int64_t, int64_t col, int64_t cols, float* dst, int64_t stride,
+             int64_t group)
+      : at(rows, cols, cols / kRun, 1, cols / Elements::WideVec::elements, stride),
+        cursor(cursor_at(rows, row, col, dst)),
+        tiles(group / kColumnsBeside) {}
 
-  FUSETUNE_INLINE_METHOD void step() {
-    const auto scaled = at.codebook_at<nested>(at.i);
-    at.prefetch<nested>(at.i + at.ahead);
+  template <class Function>
+  FUSETUNE_INLINE_METHOD void step(Cursor& next, const Function& between) const {
+    const auto scaled = at.codebook_at<nested>(next.i);
+    at.prefetch<nested>(next.i + at.ahead);
 #pragma GCC unroll 4
     for (int j = 0; j < kRun / 32; ++j) {
       F v[32 / kLanes];
-      decode32(at.w.packed + at.i / 2 + j * 16, scaled, v);
+      decode32(at.w.packed + next.i / 2 + j * 16, scaled, v);
       if constexpr (std::is_same_v<Elements, Floats>) {
-        for (int l = 0; l < 32 / kLanes; ++l) store(at.dst + 32 * j + l * kLanes, v[l]);
+        for (int l = 0; l < 32 / kLanes; ++l) store(next.dst + 32 * j + l * kLanes, v[l]);
       } else {
-        store(at.dst + 16 * j, Elements::to_pairs(v[0], v[1]));
+        store(next.dst + 16 * j, Elements::to_pairs(v[0], v[1]));
       }
     }
-    at.advance(kRun, kFloats);
+    at.advance(next, kRun, kFloats);
+    between();
   }
 };
+#endif
 
 // The same of two rows at a time, as pairs of neighbours in a column: half a run of both makes one vector.
 template <bool nested, class Elements>
 struct DecodeRowPairs {
   static constexpr int kColumns = kRun / 2;
+  static constexpr int kParts = 1, kEvery = kRun / 8 / 2;
+  using Own = const DecodeRowPairs;  // in registers
   Rectangle at;
+  Cursor cursor;
+  int64_t tiles;  // that have to decode until all is done
 
-  DecodeRowPairs(const Rows& rows, int64_t row, int64_t col, int64_t cols, float* dst, int64_t stride)
-      : at(rows, row, col, cols, cols / kColumns, 2, dst, cols, stride) {}
+  DecodeRowPairs(const Rows& rows, int64_t row, int64_t col, int64_t cols, float* dst, int64_t stride, int64_t group)
+      : at(rows, cols, cols / kColumns, 2, cols, stride),
+        cursor(cursor_at(rows, row, col, dst)),
+        tiles(group / kColumnsBeside) {}
 
-  FUSETUNE_INLINE_METHOD void step() {
-    const uint64_t below = at.i + static_cast<uint64_t>(at.w.cols);
-    const auto upper_code = at.codebook_at<nested>(at.i), lower_code = at.codebook_at<nested>(below);
-    const uint8_t *upper = at.w.packed + at.i / 2, *lower = at.w.packed + below / 2;
-    at.prefetch<nested>(at.i + at.ahead);
+  template <class Function>
+  FUSETUNE_INLINE_METHOD void step(Cursor& next, const Function& between) const {
+    const uint64_t below = next.i + static_cast<uint64_t>(at.w.cols);
+    const auto upper_code = at.codebook_at<nested>(next.i), lower_code = at.codebook_at<nested>(below);
+    const uint8_t *upper = at.w.packed + next.i / 2, *lower = at.w.packed + below / 2;
+    at.prefetch<nested>(next.i + at.ahead);
     at.prefetch<nested>(below + at.ahead);
 #pragma GCC unroll 4
     for (int j = 0; j < kColumns; j += kLanes) {
       const F a = decode16(upper + j / 2, upper_code), b = decode16(lower + j / 2, lower_code);
-      store(at.dst + j, Elements::zip_pairs(a, b));
+      store(next.dst + j, Elements::zip_pairs(a, b));
     }
-    at.advance(kColumns, kColumns);
+    at.advance(next, kColumns, kColumns);
+    between();
   }
 };
+
 static inline bool can_decode_beside(const Rows& rows, int64_t col, int64_t cols) {
   return kDecodesBeside && rows.quantized && rows.quantized->cols % rows.quantized->blocksize == 0 &&
          rows.quantized->blocksize % kRun == 0 && col % kRun == 0 && cols % kRun == 0;

@@ -2,13 +2,14 @@
 //
 // Tiling. A task owns a block of rows x columns of the output and keeps it, transposed and in fp32, in `acc`. For each
 // slice of the reduction it packs the left operand once (transposed, so that lanes are rows), then decodes the
-// weight one column group at a time into a buffer that stays in L1/L2 (on AVX-512 while the group before it is
+// weight one column group at a time into a buffer that stays in L1/L2 (on x86 while the group before it is
 // multiplied; for 25 to 32 rows not at all: look_up.h), and runs register tiles over it. Bytes per task and slice: the
 // 4-bit weight is read once (columns * depth / 2), the left slice once (rows * depth * 4), acc is read and written once
 // (rows * columns * 8, from L2) for rows * columns * depth FMAs. Neither a dequantised weight nor a converted
 // activation exists beyond a slice, but for up to 64 rows, packed once for all tasks.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "../parallel.h"
@@ -64,17 +65,34 @@ static inline Panel next_panel(int64_t rows) {
   // A rest that fits a narrow vector is left for one.
   const int64_t left_over = Narrow::lanes < kLanes ? Narrow::lanes : 0;
   const int64_t vectors = (rows - left_over + kLanes - 1) / kLanes;
-  const int take = static_cast<int>(std::min<int64_t>(vectors, kMaxVectors));
+  // With 16 registers a tile of one vector is the slowest: it loads as much as it multiplies.
+  const bool would_leave_one = kMaxTileColumns > 8 && vectors % kMaxVectors == 1 && vectors > 1;
+  const int take = would_leave_one ? 2 : static_cast<int>(std::min<int64_t>(vectors, kMaxVectors));
   return {take, take * kLanes};
 }
 
 template <class Layout, class Vec, int vectors, class Beside>
 static void panel_tiles(const float* left, const float* right, int64_t depth, int64_t columns, float* acc, int64_t ld,
                         Beside& beside) {
-  constexpr int step = tile_columns(vectors);
-  for (int64_t c = 0; c < columns; c += step) {
-    tile<Vec, vectors, step, Layout::column_stride, Layout::depth_stride>(left, right + c * Layout::column_stride,
-                                                                          depth, acc + c * ld, ld, beside);
+  constexpr int wide = tile_columns(vectors), narrow = kMinTileColumns;
+  const auto run = [&](auto width, int64_t c) {
+    const auto with = [&](auto& what) {
+      tile<Vec, vectors, width, Layout::column_stride, Layout::depth_stride>(left, right + c * Layout::column_stride,
+                                                                             depth, acc + c * ld, ld, what);
+      return static_cast<int>(width);
+    };
+    if constexpr (!std::is_same_v<Beside, Nothing>) {
+      if (beside.tiles > 0) {
+        --beside.tiles;
+        return with(beside);
+      }
+    }
+    Nothing nothing;
+    return with(nothing);
+  };
+  for (int64_t c = 0; c < columns;) {
+    c += columns - c > narrow ? run(std::integral_constant<int, wide>{}, c)
+                              : run(std::integral_constant<int, narrow>{}, c);
   }
 }
 
@@ -148,7 +166,7 @@ struct Block {
 
   Block(int64_t row, int64_t rows, int64_t column, int64_t columns)
       : row(row), rows(rows), column(column), columns(columns), ld(whole_vectors(rows)) {
-    const int64_t acc_size = (columns + kTileColumns - 1) / kTileColumns * kTileColumns * ld;
+    const int64_t acc_size = (columns + kMaxTileColumns) * ld;  // the last tile may be wider
     acc = workspace(acc_size + ld * Widest::depth + (kDecodesBeside ? 2 : 1) * Widest::buffer);
     packed = acc + acc_size;
     buffer = packed + ld * Widest::depth;
@@ -194,29 +212,36 @@ struct Block {
 
   int64_t group_size(int64_t c) const { return std::min<int64_t>(Widest::group, columns - c); }
 
-  // acc of the group of columns at c += left . buffer. With `decode` the first panel decodes the group of columns at
+  // acc of the group of columns at c += left . buffer. With `decode` the first tiles decode the group of columns at
   // `next`, at next_d of the reduction, into next_buffer.
   template <class Elements>
   void multiply(const float* left, int64_t depth, int64_t c, const Rows& right, bool decode, int64_t next,
                 int64_t next_d) {
     using Weights = Layout<Elements>;
     const int64_t floats = depth / Weights::elements;
-    for (int64_t r = 0; r < rows;) {
-      const Panel panel = next_panel(rows - r);
-      const auto run = [&](auto beside) {
+    const auto run = [&](auto beside) {
+      for (int64_t r = 0; r < rows;) {
+        const Panel panel = next_panel(rows - r);
         multiply_panel<Elements, Weights>(panel, left, buffer, floats, group_size(c), acc + c * ld + r, ld, beside);
-      };
-      if (!decode || r) {
-        run(Nothing{});
-      } else if constexpr (kDecodesBeside) {
-        if (right.quantized->absmax_q) {
-          run(Weights::template decode_beside<true>(right, next, next_d, depth, next_buffer));
-        } else {
-          run(Weights::template decode_beside<false>(right, next, next_d, depth, next_buffer));
-        }
+        left += panel.width * floats;
+        r += panel.width;
       }
-      left += panel.width * floats;
-      r += panel.width;
+      if constexpr (!std::is_same_v<decltype(beside), Nothing>) decode_rest(beside, floats);
+    };
+    if constexpr (kDecodesBeside) {
+      if (decode && right.quantized->absmax_q) {
+        return run(Weights::template decode_beside<true>(right, next, next_d, depth, next_buffer));
+      }
+      if (decode) return run(Weights::template decode_beside<false>(right, next, next_d, depth, next_buffer));
+    }
+    run(Nothing{});
+  }
+
+  // What too few tiles have left.
+  template <class Beside>
+  static void decode_rest(Beside& beside, int64_t floats) {
+    for (; beside.tiles > 0; --beside.tiles) {
+      for (int64_t d = 0; d < floats; d += Beside::kParts * Beside::kEvery) beside.step(beside.cursor, [] {});
     }
   }
 
@@ -258,12 +283,13 @@ template <class Layout>
 static Grid choose_grid(int64_t rows, int64_t columns, int threads) {
   // Cycles per decoded and per packed vector, in units of the FMAs they feed.
   const double kDecode = kDecodesBeside ? 1 : 3, kPack = rows <= kSharedRows ? 0 : 16, kTail = 0.1;
-  constexpr int64_t kMaxRows = 288, kMinColumns = 128, kMaxColumns = 1024;
+  constexpr int64_t kMaxRows = kLanes == 8 ? 192 : 288, kMaxColumns = 1024;
+  constexpr int64_t kMinColumns = (128 + Layout::group - 1) / Layout::group * Layout::group;
   Grid best{};
   double best_cost = 0;
   for (int64_t r = (rows + kMaxRows - 1) / kMaxRows; r <= (rows + 63) / 64; ++r) {
     const int64_t row_step = ((rows + r - 1) / r + kLanes - 1) / kLanes * kLanes;
-    for (int64_t step = kMinColumns; step <= kMaxColumns; step += Layout::group) {
+    for (int64_t step = kMinColumns; step <= kMaxColumns; step += Layout::group) {  // whole groups
       const int64_t tasks = r * ((columns + step - 1) / step);
       const int64_t rounds = (tasks + threads - 1) / threads;
       const double task = static_cast<double>(row_step * step) * (1 + kDecode / row_step + kPack / step);

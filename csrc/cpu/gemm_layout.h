@@ -20,7 +20,9 @@ namespace FUSETUNE_ISA {
 template <class Elements>
 struct RowsAreColumns {
   static constexpr int elements = Elements::WideVec::elements;
-  static constexpr int group = 8, depth = 768, column_stride = depth / elements + 16, depth_stride = 1;
+  // A group is whole tiles of every width.
+  static constexpr int group = kMaxTileColumns, depth = kMaxTileColumns == 8 ? 768 : 512;
+  static constexpr int column_stride = depth / elements + 16, depth_stride = 1;
   static constexpr int buffer = group * column_stride;
   template <bool nested>
   using Decode = DecodeRuns<nested, Elements>;
@@ -49,7 +51,7 @@ struct RowsAreColumns {
   }
   template <bool nested>
   static Decode<nested> decode_beside(const Rows& rows, int64_t column, int64_t d, int64_t steps, float* dst) {
-    return {rows, column, d, steps, dst, column_stride};
+    return {rows, column, group, d, steps, dst, column_stride, group};
   }
 };
 
@@ -58,7 +60,7 @@ template <class Elements>
 struct RowsAreDepth {
   static constexpr int elements = Elements::WideVec::elements;
   static constexpr int group = 64, depth = 256, column_stride = 1, depth_stride = group;
-  static constexpr int buffer = depth / elements * depth_stride;
+  static constexpr int buffer = depth / elements * depth_stride + 16;  // the last tile may be wider than the group
 
   static void read(const Rows& rows, int64_t column, int64_t columns, int64_t d, int64_t steps, float* dst) {
     if constexpr (elements == 1) {
@@ -79,11 +81,11 @@ struct RowsAreDepth {
     return steps % kRun == 0 && FUSETUNE_ISA::can_decode_beside(rows, column, group);
   }
   template <bool nested>
-  static auto decode_beside(const Rows& rows, int64_t column, int64_t d, int64_t, float* dst) {
+  static auto decode_beside(const Rows& rows, int64_t column, int64_t d, [[maybe_unused]] int64_t steps, float* dst) {
     if constexpr (elements == 1) {
-      return DecodeRuns<nested, Floats>(rows, d, column, group, dst, depth_stride);
+      return DecodeRuns<nested, Floats>(rows, d, steps, column, group, dst, depth_stride, group);
     } else {
-      return DecodeRowPairs<nested, Elements>(rows, d, column, group, dst, depth_stride);
+      return DecodeRowPairs<nested, Elements>(rows, d, column, group, dst, depth_stride, group);
     }
   }
 };

@@ -14,19 +14,22 @@ namespace FUSETUNE_ISA {
 // Accumulators must leave registers for the loaded vectors and one broadcast: 32 registers hold 3 x 8 + 4,
 // 16 hold 3 x 4 + 4. Narrow tiles are wide in columns so that the FMA latency is covered.
 #if defined(FUSETUNE_ISA_AVX2)
-constexpr int tile_columns(int vectors) { return vectors == 1 ? 8 : 4; }
+constexpr int tile_columns(int vectors) { return 12 / vectors; }
+constexpr int kMinTileColumns = 4;  // for what wider tiles leave
+constexpr bool kPrefetchTile = false;  // costs 4 %: the loads and FMAs already fill what can be issued
 #else
 constexpr int tile_columns(int) { return 8; }
+constexpr int kMinTileColumns = 8;
+constexpr bool kPrefetchTile = true;
 #endif
 constexpr int kMaxVectors = 3;
-constexpr int kTileColumns = 8;  // every tile's columns divide this
+constexpr int kMaxTileColumns = tile_columns(1);
 
-// What a tile does besides: nothing, or a step of decode_beside.h's decoding for every kRun / 8 elements of its depth.
-// The FMAs that wait for their turn leave the other ports idle, so a few instructions between them cost next to none.
+// What a tile does besides: nothing, or the parts of a step of decode_beside.h's decoding, each ahead of kEvery
+// elements of its depth. The FMAs that wait for their turn leave the other ports idle, so a few instructions between
+// them cost next to none.
 constexpr int kRun = 64;
-struct Nothing {
-  void step() const {}
-};
+struct Nothing {};
 
 // left [depth][vectors * lanes], right element (column, d) at right[column * kColumn + d * kDepth],
 // out [columns][ld]. A float of left and of right holds Vec::elements elements, and depth counts floats.
@@ -40,7 +43,7 @@ __attribute__((noinline)) static void tile(const float* left, const float* right
   for (int c = 0; c < columns; ++c) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      __builtin_prefetch(out + c * ld + v * Vec::lanes, 1);
+      if (kPrefetchTile) __builtin_prefetch(out + c * ld + v * Vec::lanes, 1);
       acc[c][v] = Vec::set1(0.f);
     }
   }
@@ -48,7 +51,7 @@ __attribute__((noinline)) static void tile(const float* left, const float* right
     V x[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      __builtin_prefetch(left + (16 * vectors + v) * Vec::lanes);
+      if (kPrefetchTile) __builtin_prefetch(left + (16 * vectors + v) * Vec::lanes);
       x[v] = Vec::load(left + v * Vec::lanes);
     }
 #pragma GCC unroll 16
@@ -63,14 +66,14 @@ __attribute__((noinline)) static void tile(const float* left, const float* right
   if constexpr (std::is_same_v<Beside, Nothing>) {
     for (int64_t d = 0; d < depth; ++d) multiply();
   } else {  // whole runs: see can_decode_beside
-    constexpr int between = kRun / 8 / Vec::elements;
-    Beside own = beside;  // in registers
-    for (int64_t d = 0; d < depth; d += between) {
-      own.step();
+    auto next = beside.cursor;
+    typename Beside::Own own = beside;
+    const auto between = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 8
-      for (int j = 0; j < between; ++j) multiply();
-    }
-    beside = own;
+      for (int j = 0; j < Beside::kEvery; ++j) multiply();
+    };
+    for (int64_t d = 0; d < depth; d += Beside::kParts * Beside::kEvery) own.step(next, between);
+    beside.cursor = next;
   }
 #pragma GCC unroll 16
   for (int c = 0; c < columns; ++c) {

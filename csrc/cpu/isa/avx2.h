@@ -120,16 +120,18 @@ FUSETUNE_INLINE U codebook_plane(const float* values, int byte) {
 FUSETUNE_INLINE Codebook make_codebook(const float* values) {
   return {codebook_plane(values, 0), codebook_plane(values, 1), codebook_plane(values, 2), codebook_plane(values, 3)};
 }
-FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[4]) {
-  // Both 128-bit lanes need 8 bytes, spread so that the unpacks below leave the values in order:
-  // quads 0, 2, 4, 6 of four values in the low lane and 1, 3, 5, 7 in the high lane.
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+// 16 bytes of nibbles -> a byte for each of the 32. Both 128-bit lanes need 8 bytes, spread so that unpacking leaves
+// the values in order: quads 0, 2, 4, 6 of four values in the low lane and 1, 3, 5, 7 in the high lane.
+FUSETUNE_INLINE U spread_nibbles(__m128i bytes) {
   const U spread = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes),
                                        _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13, 2, 2, 3, 3,
                                                         6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15));
   // Each byte stands twice: keep its high nibble in the first, its low nibble in the second.
-  const U codes = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(spread, 4), _mm256_set1_epi16(0x000f)),
-                                  _mm256_and_si256(spread, _mm256_set1_epi16(0x0f00)));
+  return _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(spread, 4), _mm256_set1_epi16(0x000f)),
+                         _mm256_and_si256(spread, _mm256_set1_epi16(0x0f00)));
+}
+FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[4]) {
+  const U codes = spread_nibbles(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   const U b0 = _mm256_shuffle_epi8(code.byte0, codes), b1 = _mm256_shuffle_epi8(code.byte1, codes);
   const U b2 = _mm256_shuffle_epi8(code.byte2, codes), b3 = _mm256_shuffle_epi8(code.byte3, codes);
   const U low01 = _mm256_unpacklo_epi8(b0, b1), low23 = _mm256_unpacklo_epi8(b2, b3);
@@ -139,6 +141,30 @@ FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[4
   out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(high01, high23));
   out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high01, high23));
 }
+
+// decode32, scaled, in four parts of some ten instructions that need three registers at a time.
+struct DecodeParts {
+  U codes, low01, high01, low23, high23;
+
+  FUSETUNE_INLINE_METHOD void unpack_nibbles(const uint8_t* p) {
+    codes = spread_nibbles(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  FUSETUNE_INLINE_METHOD void look_up_low(const Codebook& code) {
+    const U b0 = _mm256_shuffle_epi8(code.byte0, codes), b1 = _mm256_shuffle_epi8(code.byte1, codes);
+    low01 = _mm256_unpacklo_epi8(b0, b1), high01 = _mm256_unpackhi_epi8(b0, b1);
+  }
+  FUSETUNE_INLINE_METHOD void look_up_high(const Codebook& code) {
+    const U b2 = _mm256_shuffle_epi8(code.byte2, codes), b3 = _mm256_shuffle_epi8(code.byte3, codes);
+    low23 = _mm256_unpacklo_epi8(b2, b3), high23 = _mm256_unpackhi_epi8(b2, b3);
+  }
+  FUSETUNE_INLINE_METHOD void store_scaled(float scale, float* dst) const {
+    const F factor = set1(scale);
+    store(dst, mul(_mm256_castsi256_ps(_mm256_unpacklo_epi16(low01, low23)), factor));
+    store(dst + 8, mul(_mm256_castsi256_ps(_mm256_unpackhi_epi16(low01, low23)), factor));
+    store(dst + 16, mul(_mm256_castsi256_ps(_mm256_unpacklo_epi16(high01, high23)), factor));
+    store(dst + 24, mul(_mm256_castsi256_ps(_mm256_unpackhi_epi16(high01, high23)), factor));
+  }
+};
 
 struct ScaledCodebook {
   const Codebook* code;
