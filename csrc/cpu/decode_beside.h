@@ -21,9 +21,11 @@ constexpr bool kDecodesBeside = false;
 #endif
 // A tile decodes as many weights as so many columns of it multiply.
 #if defined(FUSETUNE_ISA_AVX2)
+constexpr bool kCopiesBeside = true;
 constexpr int kColumnsBeside = 4;
 constexpr int kMaxRuns = 256;  // of a group: gemm_layout.h
 #else
+constexpr bool kCopiesBeside = false;
 constexpr int kColumnsBeside = 8;
 #endif
 
@@ -128,6 +130,43 @@ struct DecodeRuns {
     between();
   }
 };
+
+// The same of a dense weight, which tiles that read it in place (gemm_layout.h) do without.
+template <class T>
+struct CopyRuns {
+  static constexpr int kParts = 4, kEvery = 2, kHalf = 32;
+  using Own = const CopyRuns&;
+  const T* data;
+  int64_t ahead, pieces, row_step, dst_step;
+  Cursor cursor;
+  int64_t tiles;
+
+  CopyRuns(const Rows& rows, int64_t row, int64_t col, int64_t cols, float* dst, int64_t stride, int64_t group)
+      : data(reinterpret_cast<const T*>(rows.data)),
+        ahead(kPrefetchRows / 2 * rows.ld),
+        pieces(cols / kHalf),
+        row_step(rows.ld - cols),
+        dst_step(stride - cols),
+        cursor{0, static_cast<uint64_t>(row * rows.ld + col), dst, 0},
+        tiles(group / kColumnsBeside) {}
+
+  template <class Function>
+  FUSETUNE_INLINE_METHOD void step(Cursor& next, const Function& between) const {
+    const T* from = data + next.i;
+#pragma GCC unroll 4
+    for (int v = 0; v < kHalf; v += kLanes) {
+      if (v * sizeof(T) % 64 == 0) __builtin_prefetch(from + ahead + v);
+      store(next.dst + v, load(from + v));
+      between();
+    }
+    next.i += kHalf;
+    next.dst += kHalf;
+    if (++next.done < pieces) return;
+    next.done = 0;
+    next.i += static_cast<uint64_t>(row_step);
+    next.dst += dst_step;
+  }
+};
 #else
 template <bool nested, class Elements>
 struct DecodeRuns {
@@ -197,7 +236,8 @@ struct DecodeRowPairs {
 };
 
 static inline bool can_decode_beside(const Rows& rows, int64_t col, int64_t cols) {
-  return kDecodesBeside && rows.quantized && rows.quantized->cols % rows.quantized->blocksize == 0 &&
+  if (!rows.quantized) return kCopiesBeside && rows.scale == 1.f && cols % kRun == 0;
+  return kDecodesBeside && rows.quantized->cols % rows.quantized->blocksize == 0 &&
          rows.quantized->blocksize % kRun == 0 && col % kRun == 0 && cols % kRun == 0;
 }
 

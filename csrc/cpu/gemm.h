@@ -71,14 +71,13 @@ static inline Panel next_panel(int64_t rows) {
   return {take, take * kLanes};
 }
 
-template <class Layout, class Vec, int vectors, class Beside>
-static void panel_tiles(const float* left, const float* right, int64_t depth, int64_t columns, float* acc, int64_t ld,
-                        Beside& beside) {
+template <class Vec, int vectors, class Strides, class Beside>
+static void panel_tiles(const float* left, const float* right, const Strides& strides, int64_t depth, int64_t columns,
+                        float* acc, int64_t ld, Beside& beside) {
   constexpr int wide = tile_columns(vectors), narrow = kMinTileColumns;
   const auto run = [&](auto width, int64_t c) {
     const auto with = [&](auto& what) {
-      tile<Vec, vectors, width, Layout::column_stride, Layout::depth_stride>(left, right + c * Layout::column_stride,
-                                                                             depth, acc + c * ld, ld, what);
+      tile<Vec, vectors, width>(left, right + c * strides.column, strides, depth, acc + c * ld, ld, what);
       return static_cast<int>(width);
     };
     if constexpr (!std::is_same_v<Beside, Nothing>) {
@@ -97,16 +96,16 @@ static void panel_tiles(const float* left, const float* right, int64_t depth, in
 }
 
 // The panel's rows against a group of columns; depth in floats.
-template <class Elements, class Layout, class Beside>
-static void multiply_panel(const Panel& panel, const float* left, const float* right, int64_t depth, int64_t columns,
-                           float* acc, int64_t ld, Beside& beside) {
+template <class Elements, class Strides, class Beside>
+static void multiply_panel(const Panel& panel, const float* left, const float* right, const Strides& strides,
+                           int64_t depth, int64_t columns, float* acc, int64_t ld, Beside& beside) {
   using Vec = typename Elements::WideVec;
   if (panel.width == Narrow::lanes) {
-    return panel_tiles<Layout, typename Elements::NarrowVec, 1>(left, right, depth, columns, acc, ld, beside);
+    return panel_tiles<typename Elements::NarrowVec, 1>(left, right, strides, depth, columns, acc, ld, beside);
   }
-  if (panel.vectors == 1) return panel_tiles<Layout, Vec, 1>(left, right, depth, columns, acc, ld, beside);
-  if (panel.vectors == 2) return panel_tiles<Layout, Vec, 2>(left, right, depth, columns, acc, ld, beside);
-  panel_tiles<Layout, Vec, 3>(left, right, depth, columns, acc, ld, beside);
+  if (panel.vectors == 1) return panel_tiles<Vec, 1>(left, right, strides, depth, columns, acc, ld, beside);
+  if (panel.vectors == 2) return panel_tiles<Vec, 2>(left, right, strides, depth, columns, acc, ld, beside);
+  panel_tiles<Vec, 3>(left, right, strides, depth, columns, acc, ld, beside);
 }
 
 // dst[panel][depth / elements][width] = left[row .. row + rows)[d .. d + depth), each panel transposed
@@ -191,11 +190,17 @@ struct Block {
         continue;
       }
       for (int64_t c = 0; c < columns; c += Weights::group) {
+        if (const float* in_place = Weights::in_place(term.right, rows, column + c, group_size(c), d)) {
+          Nothing nothing;
+          multiply_panels<Elements>(left, in_place, RowStrides{term.right.ld}, depth, c, nothing);
+          continue;
+        }
         if (!decoded) Weights::read(term.right, column + c, group_size(c), d, depth, buffer);
         int64_t next = c + Weights::group, next_d = d;
         if (next >= columns) next = 0, next_d = d + step;
         decoded = next_d + depth <= term.depth && group_size(next) == Weights::group &&
-                  Weights::can_decode_beside(term.right, column + next, next_d, depth);
+                  Weights::can_decode_beside(term.right, column + next, next_d, depth) &&
+                  !Weights::in_place(term.right, rows, column + next, group_size(next), next_d);
         multiply<Elements>(left, depth, c, term.right, decoded, column + next, next_d);
         if (decoded) std::swap(buffer, next_buffer);
       }
@@ -220,14 +225,16 @@ struct Block {
     using Weights = Layout<Elements>;
     const int64_t floats = depth / Weights::elements;
     const auto run = [&](auto beside) {
-      for (int64_t r = 0; r < rows;) {
-        const Panel panel = next_panel(rows - r);
-        multiply_panel<Elements, Weights>(panel, left, buffer, floats, group_size(c), acc + c * ld + r, ld, beside);
-        left += panel.width * floats;
-        r += panel.width;
-      }
+      multiply_panels<Elements>(left, buffer, typename Weights::Strides{}, floats, c, beside);
       if constexpr (!std::is_same_v<decltype(beside), Nothing>) decode_rest(beside, floats);
     };
+#if defined(FUSETUNE_ISA_AVX2)
+    if (decode && !right.quantized) {
+      if (right.dtype == Dtype::f32) return run(Weights::template copy_beside<float>(right, next, next_d, depth, next_buffer));
+      if (right.dtype == Dtype::f16) return run(Weights::template copy_beside<f16>(right, next, next_d, depth, next_buffer));
+      return run(Weights::template copy_beside<bf16>(right, next, next_d, depth, next_buffer));
+    }
+#endif
     if constexpr (kDecodesBeside) {
       if (decode && right.quantized->absmax_q) {
         return run(Weights::template decode_beside<true>(right, next, next_d, depth, next_buffer));
@@ -235,6 +242,18 @@ struct Block {
       if (decode) return run(Weights::template decode_beside<false>(right, next, next_d, depth, next_buffer));
     }
     run(Nothing{});
+  }
+
+  template <class Elements, class Strides, class Beside>
+  void multiply_panels(const float* left, const float* right, const Strides& strides, int64_t floats, int64_t c,
+                       Beside& beside) {
+    for (int64_t r = 0; r < rows;) {
+      const Panel panel = next_panel(rows - r);
+      float* const sums = acc + c * ld + r;
+      multiply_panel<Elements>(panel, left, right, strides, floats, group_size(c), sums, ld, beside);
+      left += panel.width * floats;
+      r += panel.width;
+    }
   }
 
   // What too few tiles have left.

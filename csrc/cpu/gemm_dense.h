@@ -6,9 +6,11 @@
 // it from there with 8 rows at a time (outer.h), which are read and written where they are.
 // Bytes per task and slice: its columns of the weight read once, asked for while the slice before is multiplied, and
 // written once to L2; left once from memory, then from L1 for each panel; a panel from L2 for every 8 rows (8 bytes a
-// cycle); out written once, from the second slice on read too. Measured on a Zen 4, fp32, 1024 rows: 0.93 to 0.96 of the FMA peak where gemm.h reaches 0.88 to 0.91.
+// cycle); out written once, from the second slice on read too. Measured on a
+// Zen 4, fp32, 1024 rows: 0.93 to 0.96 of the FMA peak where gemm.h reaches 0.88 to 0.91; on a Zen 3 0.87 to 0.92.
 #pragma once
 #include <algorithm>
+#include <cstdint>
 
 #include "../parallel.h"
 #include "dropout.h"
@@ -27,12 +29,15 @@ struct DenseTerm {
   float scale;  // on right
 };
 
-constexpr int64_t kDenseRows = 128;  // packing a weight for fewer costs more than gemm.h's transposing
+// Packing a weight for fewer rows costs more than gemm.h's transposing; on AVX2, where gemm.h reads a weight in place or
+// copies it beside the tiles, for more rows only, and not where rows lie far apart.
+constexpr int64_t kDenseRows = kTilesReadRows ? 256 : 128;
+constexpr int64_t kDenseDepth = kTilesReadRows ? 1024 : INT64_MAX;
 constexpr int64_t kDenseStep = 8;    // rows at a time
 constexpr int64_t kDensePanels = 4, kDenseSlice = 576;
 
 static inline bool gemm_dense_fits(const Matrix& left, int64_t m, int64_t depth, const Weight& w, const MutMatrix& out) {
-  return m >= kDenseRows && depth > 0 && !w.quantized && w.dense.dtype == Dtype::f32 && left.dtype == Dtype::f32 &&
+  return m >= kDenseRows && depth > 0 && depth <= kDenseDepth && !w.quantized && w.dense.dtype == Dtype::f32 && left.dtype == Dtype::f32 &&
          out.dtype == Dtype::f32;
 }
 

@@ -16,10 +16,12 @@ namespace FUSETUNE_ISA {
 #if defined(FUSETUNE_ISA_AVX2)
 constexpr int tile_columns(int vectors) { return 12 / vectors; }
 constexpr int kMinTileColumns = 4;  // for what wider tiles leave
+constexpr bool kTilesReadRows = true;  // of a dense weight, where they are
 constexpr bool kPrefetchTile = false;  // costs 4 %: the loads and FMAs already fill what can be issued
 #else
 constexpr int tile_columns(int) { return 8; }
 constexpr int kMinTileColumns = 8;
+constexpr bool kTilesReadRows = false;  // eight rows that lie a power of two apart fill a set of the cache
 constexpr bool kPrefetchTile = true;
 #endif
 constexpr int kMaxVectors = 3;
@@ -31,12 +33,21 @@ constexpr int kMaxTileColumns = tile_columns(1);
 constexpr int kRun = 64;
 struct Nothing {};
 
-// left [depth][vectors * lanes], right element (column, d) at right[column * kColumn + d * kDepth],
-// out [columns][ld]. A float of left and of right holds Vec::elements elements, and depth counts floats.
-// Not inlined: among other code the compiler would spill accumulators.
-template <class Vec, int vectors, int columns, int kColumn, int kDepth, class Beside>
-__attribute__((noinline)) static void tile(const float* left, const float* right, int64_t depth, float* out, int64_t ld,
-                                           Beside& beside) {
+// Where the tile finds element (column, d) of the right operand: at column * strides.column + d * strides.depth.
+template <int kColumn, int kDepth>
+struct BufferStrides {
+  static constexpr int64_t column = kColumn, depth = kDepth;
+};
+struct RowStrides {
+  int64_t column;
+  static constexpr int64_t depth = 1;
+};
+
+// left [depth][vectors * lanes], out [columns][ld]. A float of left and of right holds Vec::elements elements, and depth
+// counts floats. Not inlined: among other code the compiler would spill accumulators.
+template <class Vec, int vectors, int columns, class Strides, class Beside>
+__attribute__((noinline)) static void tile(const float* left, const float* right, const Strides strides, int64_t depth,
+                                           float* out, int64_t ld, Beside& beside) {
   using V = typename Vec::V;
   V acc[columns][vectors];
 #pragma GCC unroll 16
@@ -56,12 +67,12 @@ __attribute__((noinline)) static void tile(const float* left, const float* right
     }
 #pragma GCC unroll 16
     for (int c = 0; c < columns; ++c) {
-      const V w = Vec::set1(right[c * kColumn]);
+      const V w = Vec::set1(right[c * strides.column]);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) acc[c][v] = Vec::fma(x[v], w, acc[c][v]);
     }
     left += vectors * Vec::lanes;
-    right += kDepth;
+    right += strides.depth;
   };
   if constexpr (std::is_same_v<Beside, Nothing>) {
     for (int64_t d = 0; d < depth; ++d) multiply();

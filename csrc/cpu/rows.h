@@ -28,6 +28,9 @@ struct Rows {
   void read(int64_t row, int64_t rows, int64_t col, int64_t cols, float* dst, int64_t stride) const {
     read_rows(*this, row, rows, col, cols, dst, stride);
   }
+  Dtype dtype;  // dense
+  // Whether the data are the elements as they are multiplied.
+  bool plain() const { return !quantized && dtype == Dtype::f32 && scale == 1.f; }
 };
 
 template <class T>
@@ -99,6 +102,7 @@ static inline Rows dense_rows(const Matrix& m, float scale) {
   rows.data = static_cast<const uint8_t*>(m.data);
   rows.ld = m.ld;
   rows.scale = scale;
+  rows.dtype = m.dtype;
   return rows;
 }
 
