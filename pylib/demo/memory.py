@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from fusetune import ops
+
 MIB = 2**20
 
 
@@ -27,8 +29,9 @@ class Peak:
 class PeakMeter:
     """with PeakMeter(device) as meter: ...; then meter.peak, None where it cannot be measured.
 
-    CPU: freed heap is handed back to the system first (malloc_trim), so that what an earlier
-    stretch left behind is not counted; then the kernel's high-water mark is reset through
+    CPU: freed heap and what the kernels keep for their next results are handed back to the system
+    first (malloc_trim, ops.empty_cache), so that what an earlier stretch left behind is not
+    counted, nor used for nothing; then the kernel's high-water mark is reset through
     /proc/self/clear_refs and read from VmHWM. GPU: torch's allocator statistics.
     """
 
@@ -43,6 +46,7 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start: float | None = torch.cuda.memory_allocated(self.device) / MIB
             return self
+        ops.empty_cache()
         trim_heap()
         self._start = status_mib("VmRSS") if reset_high_water() else None
         return self

@@ -33,6 +33,11 @@ def torch_multiplies(rows: Tensor, weight: Weight) -> bool:
     return rows.dtype == torch.float32 and rows.shape[0] == 1
 
 
+def torch_crawls(dtype: torch.dtype) -> bool:
+    """Whether torch's products of this dtype take many times as long as fp32's on this CPU."""
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not _NATIVE_BF16)
+
+
 def stored_transposed(rows: Tensor, weight: Weight, least: int = 0) -> Tensor | None:
     """The matrix [K, N] whose transpose `weight` is, where our kernels multiply by it as it lies.
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 from fusetune.ops import _check
 from fusetune.ops._adapter_fusion import attend
 from fusetune.ops._adapter_fusion_blocks import Maps, Options, fuse, in_blocks
+from fusetune.ops._lora_linear_cpu import torch_crawls
 from fusetune.reference.dropout import new_seed
 from fusetune.reference.linear_4bit import accumulate_dtype
 
@@ -132,11 +133,16 @@ def _stacks(values: Values) -> list[Tensor]:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias in the wider of their dtypes: fp32 weights stay fp32 beside a 16-bit x."""
+    """x weight^T + bias in the wider of their dtypes: fp32 weights stay fp32 beside a 16-bit x.
+
+    In fp32 where torch takes ten times as long for 16 bits.
+    """
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    return functional.linear(
-        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    )
+    crawls = x.device.type == "cpu" and torch_crawls(dtype)
+    within = torch.float32 if crawls and not torch.is_autocast_enabled("cpu") else dtype
+    b = None if bias is None else bias.to(within)
+    y = functional.linear(x.to(within), weight.to(within), b)
+    return y if within == dtype else y.to(dtype)
 
 
 def _query_maps(
