@@ -3,7 +3,7 @@
 // Tiling. A thread takes a run of weight rows, kRowsAtOnce at a time, against all m rows of x: each weight is decoded
 // once, in registers, for m FMAs, and nothing but y is written. Bytes: the weight once and in order (4096 x 4096 in 4
 // bits: 8.4 MB and 1 MB of absmax); x, 4 m k bytes, stays in L1/L2. It is copied to fp32 [k / 32][m][32]: rows of x
-// often lie a power of two apart, where they would evict each other from L1.
+// often lie a power of two apart, where they would evict each other from L1. (On AVX2 in the order that decoding gives.)
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -130,8 +130,47 @@ struct Row4bit {
     return {scale_codebook(code, state.at(w, block)), w.packed + first / 2};
   }
   static void load_chunk(const Run& run, int64_t i, F (&v)[kChunkVectors]) {
+#if defined(FUSETUNE_HAS_EVEN_ODD)
+    decode32_even_odd(run.packed + i / 2, *run.code.code, v);
+    for (F& value : v) value = mul(value, run.code.scale);
+#else
     decode32(run.packed + i / 2, run.code, v);
+#endif
   }
+#if defined(FUSETUNE_HAS_EVEN_ODD)
+  // sums [m] += x . the blocksize elements from i on, scaled once. x is that of the block.
+  template <int m>
+  FUSETUNE_INLINE_METHOD void add_block(const Run& run, int64_t i, const float* x, F (&sums)[m]) const {
+    constexpr int chains = kChunkVectors / m;
+    F part[m][chains];
+#pragma GCC unroll 2
+    for (int s = 0; s < m; ++s) {
+#pragma GCC unroll 4
+      for (int c = 0; c < chains; ++c) part[s][c] = zero();
+    }
+    const uint8_t* packed = run.packed + i / 2;
+    const auto multiply = [&]() __attribute__((always_inline)) {
+      F v[kChunkVectors];
+      decode32_even_odd(packed, code, v);
+#pragma GCC unroll 4
+      for (int j = 0; j < kChunkVectors; ++j) {
+#pragma GCC unroll 2
+        for (int s = 0; s < m; ++s) part[s][j % chains] = fma(v[j], load(x + s * kChunk + j * kLanes), part[s][j % chains]);
+      }
+      packed += kChunk / 2;
+      x += m * kChunk;
+    };
+    int64_t chunks = w.blocksize / kChunk;
+    if (chunks % 2) multiply();
+    for (chunks /= 2; chunks > 0; --chunks) multiply(), multiply();
+#pragma GCC unroll 2
+    for (int s = 0; s < m; ++s) {
+      F sum = add(part[s][0], part[s][1]);
+      if constexpr (chains == 4) sum = add(sum, add(part[s][2], part[s][3]));
+      sums[s] = fma(sum, run.code.scale, sums[s]);
+    }
+  }
+#endif
   static F load_rest(const Run&, int64_t, int) { return zero(); }  // whole blocks leave no rest
 };
 template <class T>
@@ -213,6 +252,23 @@ static void for_rows(const GemvArgs& args, const Dot& dot) {
 }
 
 // sums [rows][m], not yet summed over their lanes, of rows [row, row + rows) of the weight.
+#if defined(FUSETUNE_HAS_EVEN_ODD)
+// For a row or two of x registers are left to scale what a block gives, not each element.
+template <int m, int rows, bool nested, std::enable_if_t<m <= 2, int> = 0>
+static void dot_rows(const Row4bit<nested>& source, const GemvArgs& args, int64_t row, F (*sums)[m]) {
+  static_assert(rows == 1, "registers for one row of the weight");
+  F acc[m];
+  for (F& v : acc) v = zero();
+  typename Row4bit<nested>::State state;
+  for (int64_t i = 0; i < args.k;) {
+    const int64_t end = std::min(i + source.span(), args.k);
+    source.prepare(state, row, i);
+    for (; i < end; i += source.w.blocksize) source.add_block(source.open(state, row, i), i, args.x + i * m, acc);
+  }
+  for (int s = 0; s < m; ++s) sums[0][s] = acc[s];
+}
+#endif
+
 template <int m, int rows, class Source>
 static void dot_rows(const Source& source, const GemvArgs& args, int64_t row, F (*sums)[m]) {
   // Enough independent chains to cover the latency of the FMA.

@@ -30,6 +30,10 @@ void linear_gemv(const Matrix& x, int64_t m, int64_t n, int64_t k, const Weight&
       float* dst = shared + (c * m + s) * kChunk;
       if (count < kChunk) std::fill_n(dst, kChunk, 0.f);
       load_floats(x.data, x.dtype, s * x.ld + c * kChunk, count, dst);
+#if defined(FUSETUNE_HAS_EVEN_ODD)
+      if (!w.quantized) continue;
+      for (int j = 0; j < kChunk; j += kLanes) store(dst + j, even_odd(load(dst + j)));
+#endif
     }
   }
   for (int64_t i = 0; i < m * tail.rank; ++i) shared[x_size + i] = tail.left[i] * tail.scale;
