@@ -7,7 +7,7 @@ from torch import nn
 VOCABULARY = 97
 
 
-def llama(layers=2):
+def llama(layers=2, **options):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -18,6 +18,7 @@ def llama(layers=2):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
+        **options,
     )
     return LlamaForCausalLM(config), token_inputs()
 

@@ -1,14 +1,16 @@
 """Fused matmul of a model's own frozen linear layers, by class swap: on CPUs, where ours is ahead.
 
 A layer below a PEFT layer stays stock: the fused PEFT layer reads its weight and does not call it.
-Layers that are trained, or are none of fp32 on a CPU with our kernels, are none of ours, and the
-report does not mention them.
+Adapters of ours call the layer that they are around, and it is fused as any other. Layers that are
+trained, or are none of fp32 on a CPU with our kernels, are none of ours, and the report does not
+mention them.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from torch.nn.functional import linear as stock_linear
 from fusetune import ops
 from fusetune.integrations._guards import call_reason, carrier, no_kernel
 
-_INSIDE: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of PEFT's layers
+_INSIDE: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of layers that may read their weights
+_BIASES = (nn.Parameter, torch.Tensor)  # a plain tensor is what BitFit lends for a call
 
 
 class FusedLinear(nn.Linear):
@@ -66,7 +69,7 @@ def frozen_reason(module: nn.Module) -> str | None:
         return "the weight is trained"
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or not weight.is_contiguous():
         return f"the weight is {weight.dtype} on {weight.device}"
-    if bias is not None and (type(bias) is not nn.Parameter or bias.dtype != torch.float32):
+    if bias is not None and (type(bias) not in _BIASES or bias.dtype != torch.float32):
         return "the bias is no plain parameter of fp32"
     if no_kernel("linear", "cpu", torch.float32, torch.float32):
         return "no kernel on this CPU"
@@ -83,11 +86,21 @@ def discover(model: nn.Module) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in model.modules():
+        _INSIDE.discard(module)  # it may be inside no longer: adapters were unloaded
+    for module in model.modules():
         if not isinstance(module, BaseTunerLayer):
             continue
-        for child in module.modules():
+        for child in _owned(module):
             if isinstance(child, nn.Linear):
                 _INSIDE.add(child)
             if type(child) is FusedLinear:
                 wrapped: Any = child
                 wrapped.__class__ = nn.Linear
+
+
+def _owned(layer: nn.Module) -> Iterator[nn.Module]:
+    """What is inside a tuner's layer, without the base layer where that is only called."""
+    called = getattr(layer, "calls_base_layer", False)
+    for name, child in layer.named_children():
+        if not (called and name == "base_layer"):
+            yield from child.modules()

@@ -40,5 +40,8 @@ class _TrainedBias(torch.autograd.Function):
         dbias = None
         if ctx.needs_input_grad[1]:
             last = dy.movedim(ctx.dim, -1)
-            dbias = column_sums(as_rows(last, last.shape[-1])).to(ctx.dtype)
+            rows = as_rows(last, last.shape[-1])
+            dbias = column_sums(rows).to(ctx.dtype)
+            if ctx.dim in (-1, dy.dim() - 1):
+                dy = rows.view(dy.shape)  # so that the layer need not copy it once more
         return dy if ctx.needs_input_grad[0] else None, dbias, None

@@ -225,6 +225,20 @@ def test_the_sum_along_any_dimension_and_twice():
     torch.testing.assert_close(second, 2 * (2 * factor + bias).detach())
 
 
+@pytest.mark.parametrize("dim", [-1, 2])
+def test_a_gradient_with_gaps_is_copied_for_the_layer_too(dim):
+    """Attention's are: the layer, whose matmul needs rows without gaps, would copy it again."""
+    y = torch.randn(2, 6, 8, requires_grad=True)
+    bias = torch.randn(8, requires_grad=True)
+    dy = torch.randn(2, 8, 6).transpose(1, 2)
+    seen = []
+    y.register_hook(seen.append)
+    trained_bias(y, bias, dim).backward(dy)
+    assert seen[0].is_contiguous()
+    assert torch.equal(seen[0], dy)
+    torch.testing.assert_close(bias.grad, dy.sum((0, 1)))
+
+
 def test_no_layer_computes_a_weights_gradient():
     model, inputs = bitfit()
     names = []

@@ -16,7 +16,7 @@ from fusetune.ops._trained_bias import trained_bias
 
 Tensor = torch.Tensor
 _PLAIN = frozenset((nn.Linear, Conv1D, nn.LayerNorm))
-_QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes', which need not be there, and fused
+_QUANTIZED = ("Linear4bit", "Linear8bitLt")  # bitsandbytes', which need not be there
 
 
 class BitFitLayer(nn.Module, BaseTunerLayer):
@@ -27,6 +27,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("bitfit_bias",)
+    calls_base_layer = True  # and never reads its weight: `fuse` may fuse it by itself
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
     def stock_reason(self) -> str | None:
         """Why autograd sums the bias's gradient, in the dtype of the output; None where we do."""
         if self._bias_dim() is None:
-            return f"a {type(self.base_layer).__name__} with hooks, or of an unknown kind"
+            return f"a {_kind(self.base_layer).__name__} with hooks, or of an unknown kind"
         return None
 
     def active_names(self) -> list[str]:
@@ -103,7 +104,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         base: Any = self._modules["base_layer"]
         if base._forward_hooks or "forward" in base.__dict__ or torch_module._global_forward_hooks:
             return None
-        if type(base) in _PLAIN or type(base).__name__ in _QUANTIZED:
+        kind = _kind(base)
+        if kind in _PLAIN or kind.__name__ in _QUANTIZED:
             return -1
         if isinstance(base, _ConvNd):
             return -1 - len(base.kernel_size)
@@ -152,3 +154,9 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"bitfit.{super().__repr__()}"
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """Its class, or the one that it had before it was fused."""
+    kind: type[nn.Module] = getattr(module, "stock_class", type(module))
+    return kind

@@ -38,6 +38,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("bn_adapters", "bn_fusions", "bn_couplings")
+    calls_base_layer = True  # and never reads its weight: `fuse` may fuse it by itself
 
     def __init__(
         self, base_layer: nn.Module, place: Place, layer: nn.Module, active: Active
