@@ -23,7 +23,8 @@ from fusetune.integrations._guards import (
     module_reason,
     no_kernel,
 )
-from fusetune.integrations.peft import Adapter, Call, dense_dtype, fused_linear
+from fusetune.integrations._lora_adapters import Adapter
+from fusetune.integrations.peft import Call, dense_dtype, fused_linear
 from fusetune.nn.adalora_layers import special, triplets
 
 _PARAMETERS = ("lora_A", "lora_E", "lora_B", "ranknum")
