@@ -24,7 +24,8 @@ class FusedSVDLinear4bit(FusedSVD, SVDLinear4bit):
     method = "AdaLoRA 4-bit"
 
     def _base_reason(self) -> str | None:
-        return module_reason(self._modules["base_layer"], "base_layer", Linear4bit)
+        base: Any = self._modules["base_layer"]
+        return module_reason(base, "base_layer", Linear4bit)
 
     def _weight(self) -> QuantizedWeight | str:
         base: Any = self._modules["base_layer"]
