@@ -57,8 +57,7 @@ class CheckpointGuard:
             self._depth = before
 
     def _check(self, layer: nn.Module, args: Any) -> None:
-        # What torch.compile traces through a checkpoint keeps the names that it was traced with.
-        if torch.compiler.is_compiling() or _checkpoints() <= self._depth:
+        if _checkpoints() <= self._depth:
             return
         names = (name for name, module in self._model.named_modules() if module is layer)
         raise RuntimeError(
@@ -69,8 +68,12 @@ class CheckpointGuard:
         )
 
 
+@torch.compiler.assume_constant_result
 def _checkpoints() -> int:
-    """How many checkpoints are running a forward here; walking a deep stack takes microseconds."""
+    """How many checkpoints are running a forward here; walking a deep stack takes microseconds.
+
+    Of a compiled layer those that it is compiled in: what it is called in is not seen by a graph.
+    """
     frame: FrameType | None = sys._getframe(1)
     count = 0
     while frame is not None:

@@ -128,6 +128,17 @@ def test_within_transformers_checkpoint_too(reentrant):
         model(**inputs, adapter_names=ROWS)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_compiled_block_too(reentrant, fresh_compiler):
+    model, inputs = pair("ia3")
+    mlps = [layer.mlp for layer in blocks(model)]
+    for mlp in mlps:
+        mlp.forward = torch.compile(mlp.forward, backend="eager")
+    checkpoint_inside(mlps, torchs(reentrant))
+    with pytest.raises(RuntimeError, match=REFUSED):
+        model(**inputs, adapter_names=ROWS)
+
+
 class Checkpointed(torch.nn.Module):
     def __init__(self, inner):
         super().__init__()
@@ -207,6 +218,20 @@ def test_what_is_not_computed_again_is_not_refused(method, kind):
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits, expected)
     torch.testing.assert_close(model.eval()(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_compiled_blocks_in_transformers_checkpoints(reentrant, fresh_compiler):
+    """Each in one graph, the check included."""
+    model, inputs = pair("ia3")
+    inputs["adapter_names"] = ROWS
+    expected = grads(model, inputs)
+    for layer in blocks(model):
+        layer.mlp.forward = torch.compile(layer.mlp.forward, backend="eager", fullgraph=True)
+    assert_same(grads(model, inputs), expected)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for _ in range(3):
+        assert_same(grads(model, inputs), expected)
 
 
 def test_another_model_within_the_call_is_not_refused():
