@@ -68,11 +68,11 @@ class CheckpointGuard:
         )
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _checkpoints() -> int:
     """How many checkpoints are running a forward here; walking a deep stack takes microseconds.
 
-    Of a compiled layer those that it is compiled in: what it is called in is not seen by a graph.
+    Of a compiled layer, those that it was compiled in: a graph cannot look.
     """
     frame: FrameType | None = sys._getframe(1)
     count = 0
