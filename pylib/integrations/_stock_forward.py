@@ -1,4 +1,8 @@
-"""Whether a class of transformers has a forward that is known, instruction for instruction."""
+"""Fused classes for those of transformers whose forward is known, instruction for instruction.
+
+Dozens of its models have the same norm or the same MLP under a name of their own. A fused class is
+made for each that is met: of a base of ours, which says what it knows, and the stock class.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,43 @@ from typing import Any
 from torch import nn
 
 _FLAGS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR | inspect.CO_COROUTINE
+
+
+class KnownForward:
+    """What the bases share."""
+
+    stock_class: type[nn.Module]
+    swaps: dict[type[nn.Module], type[Any]]  # stock class -> fused class, of those that were met
+    _known_forward: Any  # the forward that the base knows; without a docstring, as it is compared
+
+    def __reduce__(self: Any) -> tuple[Any, ...]:
+        """By the stock class: this one is made at run time."""
+        return _blank, (type(self).__bases__[0], self.stock_class), self.__dict__
+
+
+def discover(model: nn.Module, *bases: type[KnownForward]) -> None:
+    """Makes a fused class of each class in a model that one of the bases knows."""
+    for kind in {type(module) for module in model.modules()}:
+        if not kind.__module__.startswith("transformers.models."):
+            continue
+        for base in bases:
+            if has_forward(kind, base._known_forward):
+                _fused_class(base, kind)
+
+
+def _fused_class(base: type[KnownForward], stock: type[nn.Module]) -> type[Any]:
+    """Always the same one."""
+    if stock not in base.swaps:
+        name, own = f"Fused{stock.__name__}", {"stock_class": stock}
+        base.swaps[stock] = type(name, (base, stock), own)
+    return base.swaps[stock]
+
+
+def _blank(base: type[KnownForward], stock: type[nn.Module]) -> nn.Module:
+    """For unpickling and copying, which fill it."""
+    kind: Any = _fused_class(base, stock)
+    module: nn.Module = kind.__new__(kind)
+    return module
 
 
 def has_forward(kind: type[nn.Module], known: Any) -> bool:

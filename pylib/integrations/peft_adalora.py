@@ -23,7 +23,8 @@ from fusetune.integrations._guards import (
     module_reason,
     no_kernel,
 )
-from fusetune.integrations.peft import Adapter, Call, dense_dtype, fused_linear
+from fusetune.integrations._lora_adapters import Adapter
+from fusetune.integrations.peft import Call, dense_dtype, fused_linear
 from fusetune.nn.adalora_layers import special, triplets
 
 _PARAMETERS = ("lora_A", "lora_E", "lora_B", "ranknum")
@@ -96,11 +97,11 @@ def release_ranknum(layer: Any) -> None:
             layer.ranknum[name].requires_grad_()
 
 
-class FusedSVDLinear(SVDLinear):
-    """`adalora.SVDLinear` over a dense `nn.Linear`, in one fused op."""
+class FusedSVD:
+    """What the fused layers share; the first base of each, which knows its base layer's weight."""
 
-    stock_class = SVDLinear
-    method = "AdaLoRA"
+    stock_class: type[nn.Module]
+    method: str
 
     def after_fuse(self) -> None:
         """After the class was swapped in, and when `fuse` comes again."""
@@ -110,34 +111,64 @@ class FusedSVDLinear(SVDLinear):
         """Before it is swapped out."""
         release_ranknum(self)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """x [..., K] -> [..., N], as `adalora.SVDLinear.forward`."""
-        if args or kwargs:
-            return super().forward(x, *args, **kwargs)
-        adapter = self._fused_adapter()
-        if isinstance(adapter, str) or call_reason(x) is not None:
-            return super().forward(x)
-        base: Any = self._modules["base_layer"]
-        weight = base._parameters["weight"]
-        dtype = dense_dtype(self, x, weight, adapter.lora_A.dtype)
-        if dtype is None or no_kernel("lora_linear", x.device.type, dtype, weight.dtype):
-            return super().forward(x)
-        call = Call(dtype, weight, base._parameters.get("bias"), adapter.folded())
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x [..., K] -> [..., N], as the stock class."""
+        call = None if args or kwargs else self._call(x)
+        if call is None:
+            y: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return y
         return fused_linear(self, x, call)
 
-    def _fused_adapter(self) -> SvdAdapter | str:
-        base: Any = self._modules["base_layer"]
-        reason = linear_reason(base, "base_layer")
-        if reason is not None:
-            return reason
-        if base._parameters["weight"].requires_grad:
-            return "the base weight is trained"
-        return active_adapter(self)
+    def _call(self: Any, x: torch.Tensor) -> Call | None:
+        """What is fused of a call with x; None: PEFT's forward has to run."""
+        adapter = self._fused_adapter()
+        if isinstance(adapter, str) or call_reason(x) is not None:
+            return None
+        weight = self._weight()
+        dtype = None if isinstance(weight, str) else self._dtype(x, weight, adapter.lora_A.dtype)
+        if dtype is None:
+            return None
+        bias = self._modules["base_layer"]._parameters.get("bias")
+        return Call(dtype, weight, bias, adapter.folded())
 
-    def fused_reason(self) -> str | None:
+    def _fused_adapter(self: Any) -> SvdAdapter | str:
+        return self._base_reason() or active_adapter(self)
+
+    def fused_reason(self: Any) -> str | None:
         """Why the layer, in its present state, runs PEFT's forward; None where it is fused."""
         adapter = self._fused_adapter()
-        return adapter if isinstance(adapter, str) else self.fused_carrier()[1]
+        if isinstance(adapter, str):
+            return adapter
+        weight = self._weight()
+        reason: str | None = weight if isinstance(weight, str) else self.fused_carrier()[1]
+        return reason
+
+
+class FusedSVDLinear(FusedSVD, SVDLinear):
+    """`adalora.SVDLinear` over a dense `nn.Linear`, in one fused op."""
+
+    stock_class = SVDLinear
+    method = "AdaLoRA"
+
+    def _base_reason(self) -> str | None:
+        base: Any = self._modules["base_layer"]
+        reason = linear_reason(base, "base_layer")
+        if reason is None and base._parameters["weight"].requires_grad:
+            return "the base weight is trained"
+        return reason
+
+    def _weight(self) -> torch.Tensor:
+        base: Any = self._modules["base_layer"]
+        weight: torch.Tensor = base._parameters["weight"]
+        return weight
+
+    def _dtype(
+        self, x: torch.Tensor, weight: torch.Tensor, adapter: torch.dtype
+    ) -> torch.dtype | None:
+        dtype = dense_dtype(self, x, weight, adapter)
+        if dtype is None or no_kernel("lora_linear", x.device.type, dtype, weight.dtype):
+            return None
+        return dtype
 
     def fused_carrier(self) -> tuple[str, str | None]:
         """(backend, reason against it) for an input of the weight's dtype and device."""

@@ -10,12 +10,10 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import nn
 
 from fusetune.integrations._guards import call_reason, carrier, module_reason, no_kernel
+from fusetune.integrations._lora_adapters import Adapter, Several, active_adapter
 from fusetune.integrations.bitsandbytes import Linear4bit, dtype_fits
 from fusetune.integrations.peft import (
-    Adapter,
     Call,
-    Several,
-    active_adapter,
     fused_linear,
     miscounts,
     present_method,

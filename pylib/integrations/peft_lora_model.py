@@ -5,9 +5,8 @@ refuses them to a model in training. Its layers differentiate as well as any, so
 lifted; and the layers that gradient checkpointing computes once more in the backward pass, when
 those hooks are gone, are given the names again.
 
-That is transformers' gradient checkpointing. A model that a caller checkpoints himself, by
-torch.utils.checkpoint, is computed once more without the names: give them inside what is
-checkpointed, not around it.
+That is transformers' gradient checkpointing. A layer inside another checkpoint, of which the names
+are not a part, would be computed once more without them: it raises RuntimeError instead.
 
 PEFT trains the adapters that are active; `model.set_requires_grad(names)` adds the others.
 """
@@ -22,6 +21,8 @@ from typing import Any
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from fusetune.nn.checkpoint_guard import CheckpointGuard
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps what it checkpoints with
 
@@ -52,8 +53,16 @@ class FusedLoraModel(LoraModel):
                 stack.enter_context(hooked)
             finally:
                 self.training = True
-            stack.enter_context(_recomputed_with(self, names))
+            guard = CheckpointGuard(self)
+            stack.enter_context(guard.watching(_layers(self)))
+            stack.enter_context(_recomputed_with(self, names, guard))
             yield
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """Those that PEFT gives adapter_names."""
+    kinds = LoraLayer | AuxiliaryTrainingWrapper
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def _pre_hooks(model: nn.Module) -> set[int]:
@@ -70,14 +79,18 @@ def _remove_left_hooks(model: nn.Module, before: set[int]) -> None:
 
 
 @contextmanager
-def _recomputed_with(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """What is checkpointed meanwhile has adapter_names whenever it is computed."""
+def _recomputed_with(
+    model: nn.Module, names: Sequence[str], guard: CheckpointGuard
+) -> Iterator[None]:
+    """What transformers checkpoints meanwhile has adapter_names whenever it is computed."""
     replaced = []
     for module in model.modules():
         function = module.__dict__.get(_CHECKPOINT)
         if function is not None and getattr(module, "gradient_checkpointing", False):
             replaced.append((module, function))
-            module.__dict__[_CHECKPOINT] = partial(_checkpoint, function, module, names)
+            module.__dict__[_CHECKPOINT] = partial(
+                _checkpoint, function, partial(_run_with, module, names, guard)
+            )
     try:
         yield
     finally:
@@ -87,17 +100,21 @@ def _recomputed_with(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 def _checkpoint(
     function: Callable[..., Any],
-    module: nn.Module,
-    names: Sequence[str],
+    run_with: Callable[..., Any],
     run: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    return function(partial(_run_with, module, names, run), *args, **kwargs)
+    return function(partial(run_with, run), *args, **kwargs)
 
 
 def _run_with(
-    module: nn.Module, names: Sequence[str], run: Callable[..., Any], *args: Any, **kwargs: Any
+    module: nn.Module,
+    names: Sequence[str],
+    guard: CheckpointGuard,
+    run: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """run(...), the layers below `module` under hooks as PEFT's, which may be there as well."""
 
@@ -106,13 +123,10 @@ def _run_with(
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, {**kwargs, "adapter_names": names}
 
-    handles = [
-        layer.register_forward_pre_hook(hook, with_kwargs=True)
-        for layer in module.modules()
-        if isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper)
-    ]
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in _layers(module)]
     try:
-        return run(*args, **kwargs)
+        with guard.names_given():
+            return run(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,10 +1,8 @@
 """Fused activation of transformers' gated MLPs, by class swap.
 
-Dozens of transformers' models have the same MLP under a name of their own. They are known by their
-forward, which has to be one of the `_stock` functions below, instruction for instruction; a fused
-class is made for each class that is met. Projections are called as they are, whatever they have
-become (LoRA, 4-bit, hooked); only the product of the activation and `up` is another's. An MLP whose
-forward Liger has replaced is left to Liger.
+They are known by their forward, see `_known_forward`. Projections are called as they are, whatever
+they have become (LoRA, 4-bit, hooked); only the product of the activation and `up` is another's. An
+MLP whose forward Liger has replaced is left to Liger.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from fusetune import ops
-from fusetune.integrations import _groups
+from fusetune.integrations import _groups, _stock_forward
 from fusetune.integrations._guards import (
     KERNEL_DTYPES,
     call_reason,
@@ -24,7 +22,7 @@ from fusetune.integrations._guards import (
     module_reason,
     no_kernel,
 )
-from fusetune.integrations._stock_forward import has_forward
+from fusetune.integrations._stock_forward import KnownForward
 
 # Some transformers have classes of their own for what torch has too. "gelu_new" is tanh's GELU
 # written out: the same function, rounded after every operator.
@@ -33,12 +31,13 @@ _KINDS: dict[type[nn.Module], str] = {type(ACT2FN[key]): name for key, name in _
 _KINDS |= {nn.SiLU: "silu"}
 _APPROXIMATE = {"none": "gelu", "tanh": "gelu_new"}
 _METHODS = {"silu": "swiglu", "gelu": "geglu", "gelu_new": "geglu"}
+SWAPS: dict[type[nn.Module], type[Any]] = {}
 
 
-class FusedGatedMLP:
-    """What all fused MLPs share; the first base of each."""
+class FusedGatedMLP(KnownForward):
+    """What all fused MLPs share."""
 
-    stock_class: type[nn.Module]
+    swaps = SWAPS
     method = "swiglu"
     activation = "act_fn"  # its name in the module
 
@@ -86,13 +85,14 @@ class FusedGatedMLP:
         """swiglu or geglu, for the report."""
         return self.method_of(self)
 
-    def __reduce__(self: Any) -> tuple[Any, ...]:
-        """By the stock class: this one is made at run time."""
-        return _blank, (self.stock_class,), self.__dict__
-
 
 class _Separate(FusedGatedMLP):
     """With a projection for each of gate and up: LLaMA's, Gemma's and many others'."""
+
+    @staticmethod
+    def _known_forward(self: Any, x: Any) -> Any:
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return down_proj
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """x [..., H] -> [..., H], as the stock class."""
@@ -106,6 +106,15 @@ class _Joined(FusedGatedMLP):
     """With one projection for both: Phi-3's and GLM's."""
 
     activation = "activation_fn"
+
+    @staticmethod
+    def _known_forward(self: Any, hidden_states: Any) -> Any:
+        up_states = self.gate_up_proj(hidden_states)
+
+        gate, up_states = up_states.chunk(2, dim=-1)
+        up_states = up_states * self.activation_fn(gate)
+
+        return self.down_proj(up_states)
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [..., H] -> [..., H], as the stock class."""
@@ -142,36 +151,9 @@ def _fusable(gate: Any, up: Any) -> bool:
 # --- which classes, and what Liger has taken ------------------------------------------------------
 
 
-def _stock_separate(self: Any, x: Any) -> Any:
-    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    return down_proj
-
-
-def _stock_joined(self: Any, hidden_states: Any) -> Any:
-    up_states = self.gate_up_proj(hidden_states)
-
-    gate, up_states = up_states.chunk(2, dim=-1)
-    up_states = up_states * self.activation_fn(gate)
-
-    return self.down_proj(up_states)
-
-
-_STOCK: tuple[tuple[Any, type[Any]], ...] = ((_stock_separate, _Separate), (_stock_joined, _Joined))
-SWAPS: dict[type[nn.Module], type[Any]] = {}
-_MET: set[type[nn.Module]] = set()
-
-
 def discover(model: nn.Module) -> None:
     """Enters the MLP classes of a model in SWAPS."""
-    for kind in {type(module) for module in model.modules()} - _MET:
-        _MET.add(kind)
-        if kind.__module__.startswith("transformers.models.") and _base_of(kind) is not None:
-            fused_class(kind)
-
-
-def _base_of(kind: type[nn.Module]) -> type[Any] | None:
-    """What fuses a class with one of the stock forwards; None for others."""
-    return next((base for stock, base in _STOCK if has_forward(kind, stock)), None)
+    _stock_forward.discover(model, _Separate, _Joined)
 
 
 def unsupported(module: nn.Module) -> tuple[str, str] | None:
@@ -181,18 +163,3 @@ def unsupported(module: nn.Module) -> tuple[str, str] | None:
         return None
     method = "geglu" if "GEGLU" in kind.__name__ else "swiglu"
     return method, f"Liger computes it: {kind.__name__}"
-
-
-def fused_class(stock: type[nn.Module]) -> type[Any]:
-    """The fused class of an MLP's class; always the same one."""
-    if stock not in SWAPS:
-        base = _base_of(stock) or _Separate
-        SWAPS[stock] = type(f"Fused{stock.__name__}", (base, stock), {"stock_class": stock})
-    return SWAPS[stock]
-
-
-def _blank(stock: type[nn.Module]) -> nn.Module:
-    """For unpickling and copying, which fill it."""
-    kind: Any = fused_class(stock)
-    module: nn.Module = kind.__new__(kind)
-    return module

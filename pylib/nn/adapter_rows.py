@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fusetune.nn.adapter_names import BASE, distinct, places
+from fusetune.nn.checkpoint_guard import CheckpointGuard
 
 Tensor = torch.Tensor
 ROWS = "_fusetune_rows"  # in an adapter layer: the names, while rows have adapters of their own
@@ -39,9 +40,10 @@ def rows_named(
 ) -> Iterator[None]:
     """Within the with block `layers` find adapter_names under ROWS.
 
-    What is checkpointed there finds them too when it is computed again, in the backward pass.
+    What transformers checkpoints there finds them too when it is computed again, in the backward
+    pass; what anything else checkpoints would not, and raises RuntimeError.
     """
-    chosen = list(layers)
+    chosen, guard = list(layers), CheckpointGuard(model)
 
     @contextlib.contextmanager
     def named() -> Iterator[None]:
@@ -49,7 +51,8 @@ def rows_named(
         for layer in chosen:
             layer.__dict__[ROWS] = adapter_names
         try:
-            yield
+            with guard.names_given():
+                yield
         finally:
             for layer, names in zip(chosen, before, strict=True):
                 if names is None:
@@ -63,6 +66,7 @@ def rows_named(
             if function is not None:
                 module.__dict__["_gradient_checkpointing_func"] = _naming(function, named)
                 stack.callback(module.__dict__.update, _gradient_checkpointing_func=function)
+        stack.enter_context(guard.watching([*chosen, *_heads(model)]))
         stack.enter_context(named())
         yield
 
@@ -83,19 +87,23 @@ def _naming(
 @contextlib.contextmanager
 def heads_by_row(model: nn.Module, adapter_names: Sequence[str] | None) -> Iterator[None]:
     """Lets each row of a batch have its own adapter's `modules_to_save`, such as the classifier."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
 
     def name_rows(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         names = list(adapter_names or ())
         beams = len(args[0]) // len(names) if args and names else 1  # one after the other
         return args, {**kwargs, "adapter_names": [name for name in names for _ in range(beams)]}
 
-    heads = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     with contextlib.ExitStack() as stack:
-        for head in heads if adapter_names is not None else ():
+        for head in _heads(model) if adapter_names is not None else ():
             handle = head.register_forward_pre_hook(name_rows, with_kwargs=True)
             stack.callback(handle.remove)
         yield
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
 
 
 def vectors(

@@ -322,14 +322,11 @@ def test_compiled_layer_is_one_graph(fresh_compiler):
 
 def test_compiled_model_with_its_loss_is_one_graph(fresh_compiler):
     """Stock PEFT's regulariser breaks it."""
-    _, fused, inputs = pair()
+    stock, fused, inputs = pair()
     expected = step(fused, inputs)
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
-    got = step(compiled, inputs)
-    assert_same(got["loss"], expected["loss"])
-    for name, value in expected.items():
-        if name not in ("loss", "logits"):
-            assert_same(got[f"_orig_mod.{name}"], value, name)
+    got = {n.removeprefix("_orig_mod."): value for n, value in step(compiled, inputs).items()}
+    assert_near(got, expected, step(float64_copy(stock), inputs))
 
 
 # --- what is not fused ----------------------------------------------------------------------------

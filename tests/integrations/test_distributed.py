@@ -3,6 +3,7 @@
 import os
 import traceback
 
+import prefix_models
 import pytest
 import tiny_models
 import torch
@@ -10,17 +11,29 @@ import torch.distributed as dist
 from torch import nn
 
 import fusetune
+from fusetune.nn import _prefix_interface
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 PROCESSES = 2
 
 
-def model_and_batch(four_bit=False):
+def lora(four_bit=False):
+    return tiny_models.lora_llama(layers=2, four_bit=four_bit)[0]
+
+
+def lora_4bit():
+    return lora(four_bit=True)
+
+
+def prefix():
+    return prefix_models.prefix_tuned(prefix_models.llama)[0]
+
+
+def batch():
     torch.manual_seed(0)
-    model, _ = tiny_models.lora_llama(layers=2, four_bit=four_bit)
     ids = torch.randint(1, tiny_models.VOCABULARY, (2 * PROCESSES, 10))
-    return model, {"input_ids": ids, "labels": ids}
+    return {"input_ids": ids, "labels": ids}
 
 
 def gradients(model):
@@ -59,11 +72,13 @@ def fsdp2_of_adapters(model):
     return model
 
 
+# What wraps which model, and how many of its layers take the fused path.
 CASES = {
-    "ddp": (ddp, False),
-    "ddp-4bit": (ddp, True),
-    "fsdp2": (fsdp2, False),
-    "fsdp2-of-adapters": (fsdp2_of_adapters, False),
+    "ddp": (ddp, lora, 14),
+    "ddp-4bit": (ddp, lora_4bit, 14),
+    "ddp-prefix": (ddp, prefix, 3),
+    "fsdp2": (fsdp2, lora, 14),
+    "fsdp2-of-adapters": (fsdp2_of_adapters, lora, 0),
 }
 
 
@@ -73,8 +88,8 @@ def worker(rank, folder):
         torch.set_num_threads(1)
         store = dist.FileStore(os.path.join(folder, "store"), PROCESSES)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
-        for name, case in CASES.items():
-            results = step_of_half_a_batch(rank, *case)
+        for name, (wrap, make, _) in CASES.items():
+            results = step_of_half_a_batch(rank, wrap, make)
             if rank == 0:
                 torch.save(results, os.path.join(folder, name))
         dist.barrier()
@@ -84,9 +99,9 @@ def worker(rank, folder):
     os._exit(0)
 
 
-def step_of_half_a_batch(rank, wrap, four_bit):
-    """({name: gradient}, number of LoRA layers that took the fused path)."""
-    model, batch = model_and_batch(four_bit)
+def step_of_half_a_batch(rank, wrap, make):
+    """({name: gradient}, number of layers that took the fused path)."""
+    model = make()
     case = fusetune.ops.Case("cpu", torch.float32)
     if fusetune.ops.OPS["lora_linear"].select(case).name == "reference":
         fusetune.ops.set_backend("reference")
@@ -94,11 +109,15 @@ def step_of_half_a_batch(rank, wrap, four_bit):
     wrapped = wrap(model)
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        op = fusetune.ops.lora_linear
-        patch.setattr(fusetune.ops, "lora_linear", lambda *a, **k: calls.append(1) or op(*a, **k))
-        part = {key: value.chunk(PROCESSES)[rank] for key, value in batch.items()}
+        for module, name in ((fusetune.ops, "lora_linear"), (_prefix_interface, "_fused")):
+            patch.setattr(module, name, counting(getattr(module, name), calls))
+        part = {key: value.chunk(PROCESSES)[rank] for key, value in batch().items()}
         wrapped(**part).loss.backward()
     return gradients(wrapped), len(calls)
+
+
+def counting(function, calls):
+    return lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +131,10 @@ def results(tmp_path_factory):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one(results, name):
-    _, four_bit = CASES[name]
-    stock, batch = model_and_batch(four_bit)
-    _, _, expected = tiny_models.loss_and_grads(stock, batch)
+    _, make, layers = CASES[name]
+    _, _, expected = tiny_models.loss_and_grads(make(), batch())
     got, fused_layers = results[name]
-    assert fused_layers == (0 if name == "fsdp2-of-adapters" else 14)
+    assert fused_layers == layers
     assert got.keys() == expected.keys()
     for parameter, grad in got.items():
         torch.testing.assert_close(grad, expected[parameter], rtol=1e-4, atol=1e-6)

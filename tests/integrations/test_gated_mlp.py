@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import fusetune
 from fusetune.integrations import transformers_mlp
+from fusetune.integrations._stock_forward import has_forward
 
 SIZES = {"hidden_size": 32, "intermediate_size": 40}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3", "granite", "deepseek_v3")
@@ -169,9 +170,10 @@ def test_a_forward_that_differs_is_not_the_stock_one(monkeypatch):
         down_proj = self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
         return down_proj
 
-    assert transformers_mlp._base_of(LlamaMLP) is not None
+    known = transformers_mlp._Separate._known_forward
+    assert has_forward(LlamaMLP, known)
     monkeypatch.setattr(LlamaMLP, "forward", swapped)
-    assert transformers_mlp._base_of(LlamaMLP) is None
+    assert not has_forward(LlamaMLP, known)
 
 
 def test_half_precision_and_float64(calls):
