@@ -155,7 +155,7 @@ def op_tables(op: str) -> str:
             continue
         versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
         parts.append(
-            f"{stored['cpu']} ({stored['isa']}), {result['threads']} threads, "
+            f"{stored['cpu']}, {result['threads']} threads, "
             f"{result['date']}; {versions}\n\n{table(result['rows'])}\n"
         )
     return "\n".join(parts) or "Not measured yet.\n"
