@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _check
 from fusetune.ops._ia3_linear import BACKWARD, FORWARD
-from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, as_rows, flatten, unflatten
 from fusetune.quantized_weight import QuantizedWeight
 from fusetune.reference import ia3_linear as reference
@@ -188,20 +188,18 @@ def _library_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, .
     return tuple(grads)
 
 
-LIB.define(
+_op = define(
     f"ia3_linear(Tensor x, {SCHEMA}, Tensor scale, Tensor? bias, bool feedforward, bool keep_z) "
-    "-> (Tensor, Tensor)"
+    "-> (Tensor, Tensor)",
+    _run,
+    _fake,
+    _library_backward,
+    _setup_context,
 )
-LIB.impl("ia3_linear", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::ia3_linear", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::ia3_linear", _library_backward, setup_context=_setup_context, lib=LIB
-)
-LIB.define(
+_op_backward = define(
     f"ia3_linear_backward(Tensor dy, Tensor? x, {SCHEMA}, Tensor scale, Tensor? bias, Tensor z, "
-    "bool feedforward, bool need_dx, bool need_dscale, bool need_dbias) -> (Tensor, Tensor, Tensor)"
+    "bool feedforward, bool need_dx, bool need_dscale, bool need_dbias) "
+    "-> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
 )
-LIB.impl("ia3_linear_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::ia3_linear_backward", _fake_backward, lib=LIB)
-_op = torch.ops.fusetune.ia3_linear.default
-_op_backward = torch.ops.fusetune.ia3_linear_backward.default

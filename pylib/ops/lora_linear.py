@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from fusetune.ops import _check
 from fusetune.ops._lora_linear_cpu import CPU_BACKWARD, CPU_FORWARD
 from fusetune.ops._lora_linear_gpu import GPU_BACKWARD, GPU_FORWARD
-from fusetune.ops._registry import LIB, Impl, Op, decode_int16, plain
+from fusetune.ops._registry import Impl, Op, decode_int16, define, plain
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, as_rows, flatten, unflatten
 from fusetune.ops.linear_4bit import sum_rows
 from fusetune.quantized_weight import QuantizedWeight
@@ -306,21 +306,18 @@ def _library_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, .
     return tuple(grads)
 
 
-LIB.define(
+_op = define(
     f"lora_linear(Tensor x, {SCHEMA}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, "
-    "Tensor? lora_bias, float dropout_p, Tensor? seed, bool int16) -> (Tensor, Tensor)"
+    "Tensor? lora_bias, float dropout_p, Tensor? seed, bool int16) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+    _library_backward,
+    _setup_context,
 )
-LIB.impl("lora_linear", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::lora_linear", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::lora_linear", _library_backward, setup_context=_setup_context, lib=LIB
-)
-LIB.define(
+_op_backward = define(
     f"lora_linear_backward(Tensor dy, Tensor x, {SCHEMA}, Tensor lora_A, Tensor lora_B, Tensor s, "
     "float scaling, float dropout_p, Tensor? seed, bool need_dx, bool need_dA, bool need_dB) "
-    "-> (Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
 )
-LIB.impl("lora_linear_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::lora_linear_backward", _fake_backward, lib=LIB)
-_op = torch.ops.fusetune.lora_linear.default
-_op_backward = torch.ops.fusetune.lora_linear_backward.default
