@@ -19,11 +19,11 @@ from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _check
 from fusetune.ops._dora_linear import BACKWARD, FORWARD
+from fusetune.ops._lora_arguments import check_arguments, fold_scaling
 from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, as_rows, flatten, unflatten
 from fusetune.ops.dora_norm import dora_norm
 from fusetune.ops.linear_4bit import sum_rows
-from fusetune.ops.lora_linear import check_arguments, fold_scaling
 from fusetune.reference import dora_linear as reference
 from fusetune.reference.dropout import new_seed
 

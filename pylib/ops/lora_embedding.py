@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
 from fusetune.ops import _check, _cpu, _lora_linear_cpu, _triton
+from fusetune.ops._lora_arguments import fold_scaling
 from fusetune.ops._lora_linear_gpu import ByTriton
 from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._weight import as_rows
-from fusetune.ops.lora_linear import fold_scaling
 from fusetune.reference import lora_embedding as reference
 from fusetune.reference.linear_4bit import accumulate_dtype
 
