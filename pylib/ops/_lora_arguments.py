@@ -6,7 +6,6 @@ import torch
 
 from fusetune.ops import _check
 from fusetune.ops._weight import Weight
-from fusetune.quantized_weight import QuantizedWeight
 
 Tensor = torch.Tensor
 
@@ -35,15 +34,7 @@ def check_arguments(
     dropout_p: float,
     grad: bool,
 ) -> None:
-    dense = isinstance(weight, Tensor)
-    if not dense and not isinstance(weight, QuantizedWeight):
-        raise TypeError(
-            f"weight must be a tensor or a QuantizedWeight, got {type(weight).__name__}"
-        )
-    if len(weight.shape) != 2:
-        raise ValueError(f"weight must be a matrix [N, K], got shape {list(weight.shape)}")
-    n, k = weight.shape
-    _check.check_x(x, k)
+    n, k = _check.check_layer(x, weight, grad)
     for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
         _check.check_float(name, tensor)
         if tensor.dim() != 2:
@@ -54,15 +45,7 @@ def check_arguments(
         raise ValueError(f"lora_A must have shape [r, {k}] with r > 0, got {list(lora_A.shape)}")
     if lora_B.shape[0] != n or lora_B.shape[1] != r:
         raise ValueError(f"lora_B must have shape [{n}, {r}], got {list(lora_B.shape)}")
-    if isinstance(weight, Tensor):
-        _check.check_float("weight", weight)
-        if grad and weight.requires_grad:
-            raise ValueError("weight requires grad, but it is treated as frozen: detach it")
-    if weight.device != x.device:
-        raise ValueError(f"weight is on {weight.device}, x on {x.device}: move one of them")
-    if bias is not None:
-        _check.check_optional("bias", bias, n, x)
-    if lora_bias is not None:
-        _check.check_optional("lora_bias", lora_bias, n, x)
+    _check.check_optional("bias", bias, n, x)
+    _check.check_optional("lora_bias", lora_bias, n, x)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")

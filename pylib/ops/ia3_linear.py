@@ -17,7 +17,6 @@ from fusetune.ops import _check
 from fusetune.ops._ia3_linear import BACKWARD, FORWARD
 from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, as_rows, flatten, unflatten
-from fusetune.quantized_weight import QuantizedWeight
 from fusetune.reference import ia3_linear as reference
 
 Tensor = torch.Tensor
@@ -58,20 +57,7 @@ def ia3_linear(
 def _check_arguments(
     x: Tensor, weight: Weight, scale: Tensor, bias: Tensor | None, feedforward: bool, grad: bool
 ) -> None:
-    if not isinstance(weight, Tensor | QuantizedWeight):
-        raise TypeError(
-            f"weight must be a tensor or a QuantizedWeight, got {type(weight).__name__}"
-        )
-    if len(weight.shape) != 2:
-        raise ValueError(f"weight must be a matrix [N, K], got shape {list(weight.shape)}")
-    n, k = weight.shape
-    _check.check_x(x, k)
-    if isinstance(weight, Tensor):
-        _check.check_float("weight", weight)
-        if grad and weight.requires_grad:
-            raise ValueError("weight requires grad, but it is treated as frozen: detach it")
-    if weight.device != x.device:
-        raise ValueError(f"weight is on {weight.device}, x on {x.device}: move one of them")
+    n, k = _check.check_layer(x, weight, grad)
     _check.check_float("scale", scale)
     _check.check_optional("scale", scale, k if feedforward else n, x)
     _check.check_optional("bias", bias, n, x)
