@@ -14,18 +14,14 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import fusetune
-from fusetune.demo import model as models
-from fusetune.env import cpu_name
+from benchmarks import figures
+from fusetune.bench.in_turn import calls_in_turn
 from fusetune.methods.adalora import update_and_allocate
 
 HIDDEN, INNER, KV_HEADS, HEADS = 576, 1536, 3, 9
@@ -85,17 +81,11 @@ def regulariser(model: Any) -> Callable[[], Any]:
 
 def pairs(stock: Callable[[], Any], ours: Callable[[], Any], rounds: int) -> dict[str, float]:
     """Medians of alternating pairs; the first pair is not counted."""
-    runs, times = [stock, ours], ([], [])  # type: tuple[list[float], list[float]]
-    for turn in range(rounds + 1):
-        for i in (0, 1) if turn % 2 else (1, 0):
-            begin = time.perf_counter()
-            runs[i]()
-            if turn:
-                times[i].append(time.perf_counter() - begin)
+    turns = calls_in_turn({"peft": stock, "ours": ours}, rounds)
     return {
-        "peft_ms": 1e3 * statistics.median(times[0]),
-        "ours_ms": 1e3 * statistics.median(times[1]),
-        "ratio": statistics.median(a / b for a, b in zip(*times, strict=True)),
+        "peft_ms": 1e3 * turns.median("peft"),
+        "ours_ms": 1e3 * turns.median("ours"),
+        "ratio": turns.ratio("peft", "ours"),
     }
 
 
@@ -130,20 +120,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    models.quiet()
+    options = figures.parsed(parser)
     found = measure(options.layers, options.rounds)
     for name, row in found.items():
         print(
             f"{name:<36} PEFT {row['peft_ms']:7.2f} ms, ours {row['ours_ms']:6.2f} ms, "
             f"ratio {row['ratio']:.1f}"
         )
-    if options.json:
-        report = {"cpu": cpu_name(), "threads": options.threads, "rows": found}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    figures.write(options, found)
 
 
 if __name__ == "__main__":

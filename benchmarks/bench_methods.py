@@ -17,7 +17,7 @@ time    a forward and backward pass, of both kinds in turn: stock, fused, fused,
 memory  what three steps with AdamW add at their peak to the loaded model, each kind in a process of
         its own.
 
---json keeps what the file has of other methods and parts.
+--json keeps what the file has of other methods and parts, if it is of the same CPU.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import method_plot, method_tables, operators
+from benchmarks import figures, method_plot, method_tables, operators
 from benchmarks.methods import BARE, KINDS, LABELS, METHODS, NAMES, Method, Source
 from benchmarks.own_process import in_own_process
 from benchmarks.prefix_tuning import FOLDER, base_folder
 from fusetune.bench.in_turn import in_turn
 from fusetune.demo import model as models
 from fusetune.demo.memory import PeakMeter
-from fusetune.env import cpu_name
+from fusetune.env import cpu_label
 
 PARTS = ("calls", "time", "memory")
 RATE = 1e-3
@@ -170,9 +170,8 @@ def main() -> None:
         "time": lambda method: time_of_steps(method, source, sizes, options.pairs),
         "memory": lambda method: memory_of_steps(method, source, sizes, options.threads),
     }
-    kept = options.json is not None and options.json.exists()
-    found = json.loads(options.json.read_text()) if kept else {"rows": {}}
-    found.update(cpu=cpu_name(), threads=options.threads, sizes=list(sizes))
+    found = figures.kept(options.json, {"rows": {}})
+    found.update(cpu=cpu_label(), threads=options.threads, sizes=list(sizes))
     if "calls" in (options.part or PARTS):
         found["bare"] = {
             bare.model: calls_of_a_layer(bare, "stock", source, sizes)

@@ -10,16 +10,14 @@ and, for DoRA, the magnitude. With dropout DoRA, as PEFT defines it, makes the b
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import figures
 from fusetune import ops
-from fusetune.bench.in_turn import in_turn
-from fusetune.env import cpu_name
+from fusetune.bench.in_turn import calls_in_turn
 
 RANK, SCALING = 16, 2.0
 
@@ -48,12 +46,7 @@ def steps(m: int, n: int, dense: bool, dropout: float) -> dict[str, Callable[[],
 
 def compare(runs: dict[str, Callable[[], Any]], pairs: int) -> dict[str, float]:
     """Median milliseconds of each, and of the pairs' ratios."""
-
-    def step(kind: str, _: int) -> float:
-        runs[kind]()
-        return 1.0
-
-    turns = in_turn(list(runs), step, pairs)
+    turns = calls_in_turn(runs, pairs)
     row = {f"{kind}_ms": 1e3 * turns.median(kind) for kind in runs}
     return {**row, "ratio": turns.ratio("dora", "lora")}
 
@@ -63,10 +56,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--rows", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = figures.parsed(parser)
     rows = []
     for n in options.sizes:
         for dense in (True, False):
@@ -80,9 +70,7 @@ def main() -> None:
                         f"ms, DoRA {found['dora_ms']:.1f} ms, {found['ratio']:.2f} of LoRA's time",
                         flush=True,
                     )
-    if options.json:
-        report = {"cpu": cpu_name(), "threads": options.threads, "rank": RANK, "rows": rows}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    figures.write(options, rows, rank=RANK)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from tabulate import tabulate
 from benchmarks.own_process import in_own_process
 from fusetune import ops
 from fusetune.demo.memory import MIB, PeakMeter
+from fusetune.env import cpu_label
 
 LIMIT = 1.1
 RUNS = 3
@@ -138,7 +139,7 @@ def main() -> int:
         shares = (found / case.x_and_y, ratio)
         rows.append((case.op, size, *(f"{n:.1f}" for n in numbers), *(f"{n:.3f}" for n in shares)))
     headers = ["op", "size", "x + y, MiB", "d parameters", "added", "of x + y", "of both"]
-    print(tabulate(rows, headers=headers))
+    print(f"{cpu_label()}\n\n{tabulate(rows, headers=headers)}")
     return 1 if broken else 0
 
 

@@ -19,18 +19,15 @@ multiplies in bfloat16, which shows in the difference of the results; fused laye
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import fusetune
-from fusetune.env import cpu_name
+from benchmarks import figures
+from fusetune.bench.in_turn import calls_in_turn
 
 ADAPTERS, RANK = 8, 16
 NAMES = [f"adapter{i}" for i in range(ADAPTERS)]
@@ -90,18 +87,9 @@ def measured(
     }
     pairs_of = zip(runs["fused"](), runs["stock"](), strict=True)
     difference = max(((a - b).norm() / b.norm()).item() for a, b in pairs_of)
-    times: dict[str, list[float]] = {what: [] for what in runs}
-    order = list(runs)
-    for number in range(pairs + 2):
-        for what in order:
-            begin = time.perf_counter()
-            runs[what]()
-            if number >= 2:  # the first two warm up
-                times[what].append(time.perf_counter() - begin)
-        order = order[1:] + order[:1]
-    found = {f"{what}_s": statistics.median(values) for what, values in times.items()}
-    ratios = [s / f for s, f in zip(times["stock"], times["fused"], strict=True)]
-    return {**found, "speedup": statistics.median(ratios), "difference": difference}
+    turns = calls_in_turn(runs, pairs)
+    found = {f"{what}_s": turns.median(what) for what in runs}
+    return {**found, "speedup": turns.ratio("stock", "fused"), "difference": difference}
 
 
 def line(row: dict[str, float]) -> str:
@@ -117,10 +105,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 64])
     parser.add_argument("--pairs", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = figures.parsed(parser)
     found: dict[str, dict[str, float]] = {}
     for by_row in (True, False):
         for four_bit in (False, True):
@@ -134,9 +119,7 @@ def main() -> None:
                     row = measured(options.size, tokens, four_bit, by_row, train, options.pairs)
                     found[name] = row
                     print(f"{name:62} {line(row)}", flush=True)
-    if options.json:
-        report = {"cpu": cpu_name(), "threads": options.threads, "rows": found}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    figures.write(options, found)
 
 
 if __name__ == "__main__":

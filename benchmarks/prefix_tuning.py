@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ from typing import Any
 import torch
 
 import fusetune
+from benchmarks import figures
 from benchmarks.own_process import in_own_process
 from fusetune.bench.in_turn import in_turn
 from fusetune.demo import model as models
 from fusetune.demo.data import PackedText, load_documents
 from fusetune.demo.memory import status_mib
-from fusetune.env import cpu_name
 
 FOLDER = Path("demo_output") / "dense"
 BATCH, LENGTH = 8, 128
@@ -140,12 +139,8 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=FOLDER, help="the model, made where missing")
     parser.add_argument("--tokens", type=int, nargs="+", default=[30, 128])
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--part", choices=("time", "memory"), help="one of the tables alone")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    models.quiet()
+    options = figures.parsed(parser)
     folder = base_folder(options.base)
     found: dict[str, Any] = {}
     for tokens in options.tokens:
@@ -164,9 +159,7 @@ def main() -> None:
                 row[kind], row[f"{kind}, steps alone"] = mib, mib - loaded
             for what, part in (("peak of the process", ""), ("of that the steps", ", steps alone")):
                 print(f"P={tokens}: {what}: " + compared(row, part), flush=True)
-    if options.json:
-        report = {"cpu": cpu_name(), "threads": options.threads, "rows": found}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    figures.write(options, found)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ go back to the input's embeddings. Ratios are medians over rounds.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from typing import Any
 import torch
 
 import fusetune
+from benchmarks import figures
 from benchmarks.prefix_tuning import FOLDER, base_folder
 from fusetune.bench.in_turn import in_turn
-from fusetune.demo import model as models
-from fusetune.env import cpu_name
 
 BATCH, TOKENS, PROMPT = 8, 128, 20
 LONGER = "no prompt, as many positions"
@@ -95,20 +93,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", type=Path, default=FOLDER, help="the model, made where missing")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    models.quiet()
+    options = figures.parsed(parser)
     found = measure(steps_of(make(base_folder(options.base))), options.rounds)
     for name, row in found.items():
         print(
             f"{name:<30} {row['step_s']:.3f} s a step, {row['to_as_many_positions']:.3f} of "
             f"the step on as many positions; loss {row['loss']:.6f}"
         )
-    if options.json:
-        report = {"cpu": cpu_name(), "threads": options.threads, "rows": found}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    figures.write(options, found)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fusetune
 from benchmarks import bound, bound_adapters, method_tables
@@ -38,16 +40,6 @@ GLUE = RESULTS / "glue.json"
 GLUE_PICTURE = ROOT / "docs" / "glue_of_methods.png"
 METHODS = RESULTS / "methods.json"
 ADAPTERS_PICTURE = ROOT / "docs" / "adapters_minilm.png"
-
-
-# Tables that method_tables renders from a file of the same name.
-METHOD_TABLES = (
-    "prefix_tuning",
-    "prompt_tuning",
-    "adalora_allocator",
-    "multi_adapter",
-    "dora_over_lora",
-)
 
 
 def main() -> int:
@@ -89,24 +81,26 @@ def main() -> int:
 def section(name: str) -> str:
     if name == "report":
         return f"```text\n{fuse_report()}\n```\n"
-    if name == "predicted":
-        return f"{bound.markdown(json.loads(PREDICTED.read_text()))}\n"
-    if name == "predicted_adapters":
-        return f"{bound_adapters.markdown(json.loads(PREDICTED.read_text()))}\n"
-    if name == "budgets":
-        return budgets_table(json.loads(BUDGETS.read_text()))
-    if name == "adapters":
-        return f"{adapters_report.tables(json.loads(ADAPTERS.read_text()))}\n"
-    if name == "prompts":
-        return f"{prompts_report.table(json.loads(PROMPTS.read_text()))}\n"
-    if name == "glue":
-        return f"{glue_report.table(json.loads(GLUE.read_text()))}\n"
-    if name == "methods":
-        return f"{method_tables.methods(json.loads(METHODS.read_text()))}\n"
-    if name in METHOD_TABLES:
-        path = RESULTS / f"{name.replace('_', '-')}.json"
-        return f"{getattr(method_tables, name)(json.loads(path.read_text()))}\n"
-    return demo_table() if name == "demo" else op_tables(name)
+    if name == "demo":
+        return demo_table()
+    tables: dict[str, tuple[Callable[[Any], str], Path]] = {
+        "predicted": (bound.markdown, PREDICTED),
+        "predicted_adapters": (bound_adapters.markdown, PREDICTED),
+        "budgets": (budgets_table, BUDGETS),
+        "adapters": (adapters_report.tables, ADAPTERS),
+        "prompts": (prompts_report.table, PROMPTS),
+        "glue": (glue_report.table, GLUE),
+        "methods": (method_tables.methods, METHODS),
+        "prefix_tuning": (method_tables.prefix_tuning, RESULTS / "prefix-tuning.json"),
+        "prompt_tuning": (method_tables.prompt_tuning, RESULTS / "prompt-tuning.json"),
+        "adalora_allocator": (method_tables.adalora_allocator, RESULTS / "adalora-allocator.json"),
+        "multi_adapter": (method_tables.multi_adapter, RESULTS / "multi-adapter.json"),
+        "dora_over_lora": (method_tables.dora_over_lora, RESULTS / "dora-over-lora.json"),
+    }
+    if name not in tables:
+        return op_tables(name)
+    table_of, path = tables[name]
+    return f"{table_of(json.loads(path.read_text()))}\n"
 
 
 def fuse_report() -> str:
@@ -142,7 +136,7 @@ def budgets_table(recorded: dict[str, dict[str, dict[str, int]]]) -> str:
             f"| `{name}` | {backend} | {len(found)} | {registers[0]}–{registers[-1]} "
             f"| {shared[0]:.0f}–{shared[-1]:.0f} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def op_tables(op: str) -> str:
@@ -155,7 +149,7 @@ def op_tables(op: str) -> str:
             continue
         versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
         parts.append(
-            f"{stored['cpu']} ({stored['isa']}), {result['threads']} threads, "
+            f"{stored['cpu']}, {result['threads']} threads, "
             f"{result['date']}; {versions}\n\n{table(result['rows'])}\n"
         )
     return "\n".join(parts) or "Not measured yet.\n"

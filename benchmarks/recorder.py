@@ -164,7 +164,7 @@ def _work(kernel: str, memory: int, counts: Counts, share: float) -> Work:
 
 def readable(kernel: str) -> str:
     """A kernel's name without what the compiler added."""
-    from benchmarks.budgets import demangled
+    from benchmarks.budgets_found import demangled
 
     return demangled(kernel)[1] if kernel.startswith("_Z") else kernel.removeprefix("_")
 

@@ -18,15 +18,18 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks import figures
 from benchmarks.peers import beside_adapters
-from fusetune import _native, env
+from fusetune import env
 from fusetune.bench import OPS, cases_of, measure, table
 
 RESULTS = Path(__file__).parent / "results"
 ADAPTERS_HELP = "Python of an environment with adapters==1.3.0: see peers/adapters_layers.py"
+JSON_HELP = "default: benchmarks/results/<cpu and instruction set>.json"
 LIBRARIES = ("fusetune", "torch", "bitsandbytes", "peft")
 
 
@@ -35,7 +38,7 @@ def main() -> int:
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--op", choices=list(OPS))
     chosen.add_argument("--all", action="store_true")
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/<cpu>.json")
+    parser.add_argument("--json", type=Path, help=JSON_HELP)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of the weight")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each case")
@@ -48,7 +51,8 @@ def main() -> int:
     peer = beside_adapters.Adapters(options.adapters_python) if options.adapters_python else None
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
-    path = options.json or RESULTS / f"{slug(env.cpu_name())}.json"
+    path = options.json or RESULTS / f"{slug(env.cpu_label())}.json"
+    stored = figures.kept(path, {"ops": {}})
     for op in OPS if options.all else [options.op]:
         rows = []
         if op in beside_adapters.OPS and peer is None:
@@ -63,8 +67,9 @@ def main() -> int:
         except RuntimeError as error:
             print(f"wrong result, so nothing is reported: {error}", file=sys.stderr)
             return 1
-        print(f"\n{op}, {env.cpu_name()}, {options.threads} threads\n\n{table(rows)}")
-        update(path, op, {"threads": options.threads, "rows": rows})
+        print(f"\n{op}, {env.cpu_label()}, {options.threads} threads\n\n{table(rows)}")
+        stored["ops"][op] = result(options.threads, rows)
+        save(path, stored)
     if peer is not None:
         peer.close()
     return 0
@@ -74,15 +79,19 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def update(path: Path, op: str, result: dict[str, object]) -> None:
-    """Replaces one op's results in the file; the others stay."""
-    stored = json.loads(path.read_text()) if path.exists() else {"ops": {}}
-    stored["cpu"] = env.cpu_name()
-    stored["isa"] = _native.C.isa() if _native.C is not None else "none"
+def result(threads: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is kept of one op."""
+    return {
+        "threads": threads,
+        "rows": rows,
+        "date": datetime.date.today().isoformat(),
+        "versions": {name: env.information()["versions"][name] for name in LIBRARIES},
+    }
+
+
+def save(path: Path, stored: dict[str, Any]) -> None:
+    stored["cpu"] = env.cpu_label()
     stored["system"] = platform.platform()
-    result["date"] = datetime.date.today().isoformat()
-    result["versions"] = {name: env.information()["versions"][name] for name in LIBRARIES}
-    stored["ops"][op] = result
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(stored, indent=1) + "\n")
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fusetune.env import cpu_name
+from fusetune.env import cpu_label
 
 from . import alphabets, fusion_of_tasks, side_by_side
 from .adapters_report import draw, tables
@@ -54,7 +54,7 @@ def main() -> None:
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     parts = options.part or list(PARTS)
     if "cost" in parts:
-        report["cpu"], report["threads"] = cpu_name(), options.threads
+        report["cpu"], report["threads"] = cpu_label(), options.threads
     begin = time.perf_counter()
 
     def progress(message: str) -> None:

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusetune.demo.model import quiet
-from fusetune.env import cpu_name
+from fusetune.env import cpu_label
 
 from .adapters_minilm import load_texts
 from .glue_methods import BATCH, RANK, Candidate, State, candidates, ranks
@@ -133,17 +133,20 @@ def main() -> None:
         path.write_text(json.dumps(report, indent=1) + "\n")
 
     task = Task(sizes, progress)
-    report["setting"] = {
+    parts = options.part or PARTS
+    setting = report.setdefault("setting", {})
+    setting |= {
         **sizes._asdict(),
-        "cpu": cpu_name(),
-        "threads": options.threads,
         "batch": BATCH,
         "labels": len(task.labels),
         "train": len(task.train),
         "validation": len(task.validation),
         "held_out": len(task.held_out),
     }
-    parts = options.part or PARTS
+    here = {"cpu": cpu_label(), "threads": options.threads}
+    if "cost" in parts and not here.items() <= setting.items():
+        report["cost"] = {}  # steps of another machine do not stand beside these
+        setting |= here
     if "rates" in parts:
         for candidate in wanted(options.methods, sizes.trial_steps):
             report["rates"][candidate.name] = try_rates(task, candidate)

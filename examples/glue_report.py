@@ -50,7 +50,7 @@ def table(report: dict[str, Any]) -> str:
         "one may lie beyond:",
         markdown(rows, headers),
         _budget(report["rows"]),
-        f"On {setting['cpu']}, {setting['threads']} threads.",
+        f"On {setting['cpu']}, {setting['threads']} threads." if report["cost"] else "",
     ]
     return "\n\n".join(part for part in parts if part)
 

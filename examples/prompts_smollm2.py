@@ -26,7 +26,7 @@ import torch
 
 from fusetune.demo.memory import PeakMeter
 from fusetune.demo.model import quiet
-from fusetune.env import cpu_name
+from fusetune.env import cpu_label
 
 from .prompts_methods import BATCH, LENGTH, NAMES, Method, ask, measure, train, with_cue
 from .prompts_report import draw, table
@@ -68,7 +68,7 @@ def main() -> None:
     sizes = QUICK if options.quick else SIZES
     texts, _, held_out = load_tasks(load_tokenizer(folder), *sizes.parts)
     report["setting"] = {
-        "cpu": cpu_name(),
+        "cpu": cpu_label(),
         "threads": options.threads,
         "labels": len(set(texts.targets)),
         "train": len(texts),

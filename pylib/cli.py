@@ -50,8 +50,12 @@ def bench(
     """Times the kernels against bitsandbytes, PEFT and torch, in one run, in turn."""
     from dataclasses import asdict
 
-    from fusetune.bench import OPS, cases_of, measure, table
+    import torch
 
+    from fusetune.bench import OPS, cases_of, measure, table
+    from fusetune.env import cpu_label
+
+    typer.echo(f"{cpu_label()}, {torch.get_num_threads()} threads")
     for name in [op] if op else OPS:
         rows = [asdict(measure(case, seconds)) for case in cases_of(name, False, size, size)]
         typer.echo(f"\n{name}\n{table(rows)}")

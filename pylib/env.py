@@ -32,6 +32,12 @@ _CPU_FLAGS = (
     "bf16",
     "sve",
 )
+_ISAS = {
+    "avx512_bf16": "AVX-512 BF16",
+    "avx512": "AVX-512",
+    "avx2": "AVX2",
+    "neon": "NEON",
+}
 
 
 def information() -> dict[str, Any]:
@@ -66,6 +72,20 @@ def backends(device: str) -> dict[str, dict[str, Any]]:
 def cpu_name() -> str:
     """The processor's marketing name, or its architecture where that is not to be had."""
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_label() -> str:
+    """What a time on the CPU was measured on, with the kernels' instruction set: "AMD EPYC, AVX2".
+
+    Processors of one name may have different sets. "forced": not the best this one has, which other
+    libraries still use.
+    """
+    native = _native.C
+    if native is None:
+        return f"{cpu_name()}, no kernels"
+    isa = native.isa()
+    forced = "" if isa == native.available_isas()[0] else " forced"
+    return f"{cpu_name()}, {_ISAS.get(isa, isa)}{forced}"
 
 
 def describe() -> str:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from fusetune import _native, cli, ops, sim
 from fusetune.bench import gpu_cases
+from fusetune.env import cpu_label
 from fusetune.sim import cuda_build
 
 ROOT = Path(__file__).parent.parent
@@ -160,6 +161,7 @@ def test_verify_without_typer():
 def test_bench_prints_a_table(op):
     result = fusetune("bench", "--op", op, "--size", "128", "--seconds", "0.01")
     assert result.exit_code == 0, result.output
+    assert result.output.startswith(cpu_label())
     assert "| case" in result.output
     assert "bitsandbytes takes" in result.output
     assert "×" in result.output
@@ -183,13 +185,23 @@ def test_benchmarks_write_what_they_print(tmp_path):
     assert result.returncode == 0, result.stderr
     stored = json.loads(path.read_text())
     rows = stored["ops"]["linear_4bit"]["rows"]
-    assert stored["cpu"] in result.stdout
+    assert stored["cpu"] == cpu_label()
+    assert f"{cpu_label()}, 2 threads" in result.stdout
     assert {row["name"] for row in rows} >= {"forward fp32", "dX fp32"}
     for row in rows:
         assert row["ms"] > 0
         assert row["error"] < 1e-3
         assert set(row["ratio"]) == {"bitsandbytes", "torch dense"}
         assert f"| {row['name']}" in result.stdout
+
+
+def test_figures_of_two_machines_do_not_share_a_file(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text('{"cpu": "another, AVX2", "ops": {}}')
+    result = benchmark("--op", "linear_4bit", "--short", "--json", str(path))
+    assert result.returncode == 1
+    assert f"{path} has figures of another, AVX2, and this is {cpu_label()}" in result.stderr
+    assert json.loads(path.read_text())["ops"] == {}
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):

@@ -47,6 +47,22 @@ def test_description_names_backends_and_reasons():
     assert reasons["cpu"] == "the tensors are on cuda"
 
 
+def test_label_of_the_cpu_names_the_instruction_set_in_use():
+    best, *others = _native.C.available_isas()
+    before = _native.C.isa()
+    labels = {}
+    try:
+        for isa in (best, *others):
+            ops.set_isa(isa)
+            labels[isa] = env.cpu_label()
+    finally:
+        ops.set_isa(before)
+    assert len(set(labels.values())) == len(labels)
+    assert all(label.startswith(f"{env.cpu_name()}, ") for label in labels.values())
+    assert {isa for isa in labels if labels[isa].endswith(" forced")} == set(others)
+    assert labels["scalar"].removesuffix(" forced") == f"{env.cpu_name()}, scalar"
+
+
 @pytest.mark.parametrize(("name", "module"), [("triton", _triton), ("cuda", _cuda)])
 def test_description_says_why_there_are_no_gpu_kernels(name, module):
     """Without a driver the modules still load and say what is missing."""

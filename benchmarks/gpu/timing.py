@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fusetune.bench.timing import orders
+
 Run = Callable[[], Any]
 DEVICE = "cuda"
 _FLUSH = 256 << 20  # bytes: more than any card's L2 cache
@@ -32,14 +34,9 @@ def compare(runs: dict[str, Run], seconds: float, rounds: tuple[int, int] = (5, 
         result[name] = {"peak_mib": peak(run)}
     flush = torch.empty(_FLUSH, dtype=torch.uint8, device=DEVICE)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    stop = time.perf_counter() + seconds
-    for done in range(rounds[1]):
-        if done >= rounds[0] and time.perf_counter() > stop:
-            break
+    for order in orders(list(runs), seconds, rounds):
         for name in order:
             times[name].append(once(runs[name], flush))
-        order = order[1:] + order[:1]
     first = times[next(iter(runs))]
     for name, run in runs.items():
         result[name]["ms"] = statistics.median(times[name])

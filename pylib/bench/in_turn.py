@@ -1,7 +1,8 @@
-"""Times whole training steps of several kinds, in turn."""
+"""Times training steps, or other calls, of several kinds in turn."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -58,3 +59,13 @@ def in_turn(
                 turns.seconds[kind].append(elapsed)
         after()
     return turns
+
+
+def calls_in_turn(runs: dict[str, Callable[[], Any]], rounds: int) -> Turns:
+    """`in_turn` of calls that have no loss."""
+
+    def step(kind: str, number: int) -> float:
+        runs[kind]()
+        return math.nan
+
+    return in_turn(list(runs), step, rounds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -52,8 +52,8 @@ class Row:
 def measure(case: Case, seconds: float = 2.0, rounds: tuple[int, int] = (7, 200)) -> Row:
     """Times ours and every peer in turn, round after round, for about `seconds`.
 
-    All of a round run within a moment of each other, so a machine that slows down slows all; the
-    order turns from round to round. Raises RuntimeError where ours is not exact enough.
+    All of a round run within a moment of each other, so a machine that slows down slows all.
+    Raises RuntimeError where ours is not exact enough.
     """
     exact, got = (seeded(run) for run in (case.exact, case.ours))
     error = relative_error(got, exact)
@@ -67,16 +67,11 @@ def measure(case: Case, seconds: float = 2.0, rounds: tuple[int, int] = (7, 200)
     del exact, got
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks: list[float] = []
-    order = list(runs)
-    stop = time.perf_counter() + seconds
-    for done in range(rounds[1]):
-        if done >= rounds[0] and time.perf_counter() > stop:
-            break
+    for done, order in enumerate(orders(list(runs), seconds, rounds)):
         for name in order:
             begin = time.perf_counter()
             runs[name]()
             times[name].append(time.perf_counter() - begin)
-        order = order[1:] + order[:1]
         if case.flops and done < 20:
             peaks += fma_peak()
     ours = times["ours"]
@@ -96,6 +91,19 @@ def measure(case: Case, seconds: float = 2.0, rounds: tuple[int, int] = (7, 200)
         peer_ms={name: 1e3 * statistics.median(times[name]) for name in case.peers},
         peer_error=peer_error,
     )
+
+
+def orders(names: list[str], seconds: float, rounds: tuple[int, int]) -> Iterator[list[str]]:
+    """The order of each round, turned from one to the next, until about `seconds` are over.
+
+    rounds: how many there are at least and at most.
+    """
+    stop = time.perf_counter() + seconds
+    for done in range(rounds[1]):
+        if done >= rounds[0] and time.perf_counter() > stop:
+            return
+        first = done % len(names)
+        yield names[first:] + names[:first]
 
 
 def fma_peak() -> list[float]:

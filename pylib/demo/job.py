@@ -234,4 +234,4 @@ def check_adapter(
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{env.cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{env.cpu_label()}, {torch.get_num_threads()} threads"

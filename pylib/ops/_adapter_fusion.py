@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fusetune.ops._adapter_fusion_cpu import CPU_BACKWARD, CPU_FORWARD
 from fusetune.ops._adapter_fusion_gpu import GPU_BACKWARD, GPU_FORWARD
-from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._weight import as_rows
 from fusetune.reference import adapter_fusion as reference
 
@@ -182,19 +182,16 @@ def _library_backward(ctx: Any, dctx: Tensor, _: Tensor) -> tuple[Any, ...]:
 
 
 _ARGUMENTS = "float temperature, float dropout_p, Tensor? seed"
-LIB.define(
-    f"fusion_attend(Tensor g, Tensor[] values, Tensor? offset, {_ARGUMENTS}) -> (Tensor, Tensor)"
+_op = define(
+    f"fusion_attend(Tensor g, Tensor[] values, Tensor? offset, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+    _library_backward,
+    _setup_context,
 )
-LIB.impl("fusion_attend", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::fusion_attend", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::fusion_attend", _library_backward, setup_context=_setup_context, lib=LIB
-)
-LIB.define(
+_op_backward = define(
     "fusion_attend_backward(Tensor dctx, Tensor g, Tensor[] values, Tensor p, "
-    f"{_ARGUMENTS}, bool need_dvalues) -> (Tensor, Tensor[], Tensor)"
+    f"{_ARGUMENTS}, bool need_dvalues) -> (Tensor, Tensor[], Tensor)",
+    _backward,
+    _fake_backward,
 )
-LIB.impl("fusion_attend_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::fusion_attend_backward", _fake_backward, lib=LIB)
-_op = torch.ops.fusetune.fusion_attend.default
-_op_backward = torch.ops.fusetune.fusion_attend_backward.default

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fusetune.ops._bottleneck_cpu import CPU_BACKWARD, CPU_FORWARD
 from fusetune.ops._bottleneck_gpu import GPU_BACKWARD, GPU_FORWARD
-from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._weight import as_rows
 from fusetune.reference import bottleneck as reference
 
@@ -202,21 +202,18 @@ def _library_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, .
 
 
 _SETTINGS = "float dropout_p, Tensor? seed"
-LIB.define(
+_op = define(
     "bottleneck(Tensor x, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias,"
-    f" int[]? rows, str activation, Tensor? residual, bool same, {_SETTINGS}) -> (Tensor, Tensor)"
+    f" int[]? rows, str activation, Tensor? residual, bool same, {_SETTINGS}) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+    _library_backward,
+    _setup_context,
 )
-LIB.impl("bottleneck", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::bottleneck", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::bottleneck", _library_backward, setup_context=_setup_context, lib=LIB
-)
-LIB.define(
+_op_backward = define(
     "bottleneck_backward(Tensor dy, Tensor x, Tensor down_weight, Tensor up_weight, Tensor z, "
     f"int[]? rows, str activation, bool same, {_SETTINGS}, bool[] need) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
 )
-LIB.impl("bottleneck_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::bottleneck_backward", _fake_backward, lib=LIB)
-_op = torch.ops.fusetune.bottleneck.default
-_op_backward = torch.ops.fusetune.bottleneck_backward.default

@@ -44,19 +44,38 @@ def check_x(x: torch.Tensor, k: int) -> None:
         raise ValueError(f"x must have shape [..., {k}], got {list(x.shape)}")
 
 
-def check_update(
-    weight: torch.Tensor | QuantizedWeight, lora_A: torch.Tensor, lora_B: torch.Tensor
-) -> None:
-    """weight [N, K], a tensor or a QuantizedWeight, lora_A [r, K], lora_B [N, r]."""
+def check_weight(weight: torch.Tensor | QuantizedWeight) -> tuple[int, int]:
+    """Its shape [N, K]: a matrix, a tensor or a QuantizedWeight."""
     if not isinstance(weight, torch.Tensor | QuantizedWeight):
         raise TypeError(
             f"weight must be a tensor or a QuantizedWeight, got {type(weight).__name__}"
         )
     if len(weight.shape) != 2:
         raise ValueError(f"weight must be a matrix [N, K], got shape {list(weight.shape)}")
-    n, k = weight.shape
     if isinstance(weight, torch.Tensor):
         check_float("weight", weight)
+    n, k = weight.shape
+    return n, k
+
+
+def check_layer(
+    x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, grad: bool
+) -> tuple[int, int]:
+    """The shape [N, K] of a frozen weight, which fits x [..., K]."""
+    n, k = check_weight(weight)
+    check_x(x, k)
+    if grad and isinstance(weight, torch.Tensor) and weight.requires_grad:
+        raise ValueError("weight requires grad, but it is treated as frozen: detach it")
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device}, x on {x.device}: move one of them")
+    return n, k
+
+
+def check_update(
+    weight: torch.Tensor | QuantizedWeight, lora_A: torch.Tensor, lora_B: torch.Tensor
+) -> None:
+    """weight [N, K], a tensor or a QuantizedWeight, lora_A [r, K], lora_B [N, r]."""
+    n, k = check_weight(weight)
     check_float("lora_A", lora_A)
     check_float("lora_B", lora_B)
     if lora_A.dim() != 2 or lora_A.shape[1] != k:

@@ -1,4 +1,4 @@
-"""Calls into the CUDA kernels: whether they can run, addresses for tensors, the stream, workspaces.
+"""Calls into the CUDA kernels, and whether they can run.
 
 The functions take matrices whose rows are contiguous (`as_rows`) and arguments that have been
 checked. They launch on the current stream of the tensors' device and wait for nothing; memory comes
@@ -8,16 +8,15 @@ from torch's allocator, so that a CUDA graph can capture them.
 from __future__ import annotations
 
 import importlib
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 
+from fusetune.ops import _cuda_arguments as arguments
 from fusetune.ops._registry import Case
 from fusetune.ops._weight import Weight
 from fusetune.quantized_weight import QuantizedWeight
-from fusetune.reference.codebook import codebook
 from fusetune.reference.dropout import threshold_and_scale
 
 DEVICES = {"cuda"}  # device types of tensors that the kernels take
@@ -34,10 +33,8 @@ _MAX_ROWS_ELSEWHERE = 256
 _MAX_ROWS_FP32 = 8
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MULTIPLE = 32  # of columns: what one lane decodes lies in one block of absmax
-_ALIGNMENT = 16  # bytes a load takes
 
 Tensor = torch.Tensor
-Tail = tuple[Tensor, Tensor, float]  # left [M, r] fp32, right, factor
 
 
 @cache
@@ -102,8 +99,8 @@ def refuses(
         return f"K = {k} is not a multiple of {_MULTIPLE}"
     if (why := reads(weight)) is not None:
         return why
-    if weight.packed.data_ptr() % _ALIGNMENT:
-        return f"the packed weight is not aligned to {_ALIGNMENT} bytes"
+    if weight.packed.data_ptr() % arguments.ALIGNMENT:
+        return f"the packed weight is not aligned to {arguments.ALIGNMENT} bytes"
     if (why := reason()) is not None:
         return why
     capability = _capability(weight.device)
@@ -148,7 +145,7 @@ def linear_4bit(
     rows: Tensor,
     weight: QuantizedWeight,
     bias: Tensor | None = None,
-    tail: Tail | None = None,
+    tail: arguments.Tail | None = None,
     splits: int = 0,
 ) -> Tensor:
     """rows [M, K] weight^T + factor s lora_B^T + bias: y [M, N] in rows' dtype.
@@ -160,25 +157,25 @@ def linear_4bit(
     y = torch.empty((m, n), dtype=rows.dtype, device=rows.device)
     if m == 0:
         return y
-    rows = _aligned(rows)
-    bias32 = None if bias is None else _fp32(bias)
-    low = _low_rank(tail)
-    with _on(rows.device):
+    rows = arguments.aligned(rows)
+    bias32 = None if bias is None else arguments.fp32(bias)
+    low = arguments.low_rank(tail)
+    with arguments.on(rows.device):
         code = DTYPE_CODES[rows.dtype]
         splits = splits or _module().linear_4bit_splits(m, n, k, code)
-        workspace = _workspace(splits, y)
+        workspace = arguments.workspace(splits, y)
         _check(
             "linear_4bit",
             _module().linear_4bit(
                 (rows.data_ptr(), rows.stride(0), code),
                 m,
-                _weight(weight),
-                _addresses(low),
-                _address(bias32),
+                arguments.described(weight),
+                arguments.addresses(low),
+                arguments.address(bias32),
                 y.data_ptr(),
-                _address(workspace),
+                arguments.address(workspace),
                 splits,
-                _stream(rows.device),
+                arguments.stream(rows.device),
             ),
         )
     return y
@@ -187,7 +184,7 @@ def linear_4bit(
 def linear_4bit_dx(
     dy: Tensor,
     weight: QuantizedWeight,
-    tail: Tail | None = None,
+    tail: arguments.Tail | None = None,
     dropout: tuple[float, Tensor] | None = None,
     splits: int = 0,
 ) -> Tensor:
@@ -200,24 +197,24 @@ def linear_4bit_dx(
     dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
     if m == 0:
         return dx
-    dy = _aligned(torch.nn.functional.pad(dy, (0, -n % 8)) if n % 8 else dy)
-    low = _low_rank(tail)
+    dy = arguments.aligned(torch.nn.functional.pad(dy, (0, -n % 8)) if n % 8 else dy)
+    low = arguments.low_rank(tail)
     drop = None if dropout is None else (dropout[1].data_ptr(), *threshold_and_scale(dropout[0]))
-    with _on(dy.device):
+    with arguments.on(dy.device):
         splits = splits or _module().linear_4bit_dx_splits(m, n, k)
-        workspace = _workspace(splits, dx)
+        workspace = arguments.workspace(splits, dx)
         _check(
             "linear_4bit_dx",
             _module().linear_4bit_dx(
                 (dy.data_ptr(), dy.stride(0), DTYPE_CODES[dy.dtype]),
                 m,
-                _weight(weight),
-                _addresses(low),
+                arguments.described(weight),
+                arguments.addresses(low),
                 drop,
                 dx.data_ptr(),
-                _address(workspace),
+                arguments.address(workspace),
                 splits,
-                _stream(dy.device),
+                arguments.stream(dy.device),
             ),
         )
     return dx
@@ -225,84 +222,14 @@ def linear_4bit_dx(
 
 def dequantize_4bit(weight: QuantizedWeight, out: Tensor) -> None:
     """Writes the weight's values to `out`, contiguous, float32, float16 or bfloat16."""
-    with _on(out.device):
+    with arguments.on(out.device):
         done = _module().dequantize_4bit(
-            _weight(weight), out.data_ptr(), DTYPE_CODES[out.dtype], _stream(out.device)
+            arguments.described(weight),
+            out.data_ptr(),
+            DTYPE_CODES[out.dtype],
+            arguments.stream(out.device),
         )
     _check("dequantize_4bit", done)
-
-
-# --- arguments ------------------------------------------------------------------------------------
-
-
-def _weight(w: QuantizedWeight) -> tuple[Any, ...]:
-    """The launchers' description of a weight; made once and kept with it."""
-    known: tuple[Any, ...] | None = w.__dict__.get("_cuda")
-    if known is not None:
-        return known
-    rows = w.shape[0] if w.shape else 1
-    described = (
-        w.packed.data_ptr(),
-        codebook(w.quant_type, w.device).data_ptr(),
-        0 if w.nested else w.absmax.data_ptr(),
-        w.absmax.data_ptr() if w.nested else 0,
-        _address(w.nested_code),
-        _address(w.nested_absmax),
-        _address(w.nested_offset),
-        w.nested_blocksize,
-        w.blocksize,
-        rows,
-        w.numel() // rows if rows else 0,
-    )
-    object.__setattr__(w, "_cuda", described)
-    return described
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _fp32(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_neg().float().contiguous()
-
-
-def _low_rank(tail: Tail | None) -> Tail | None:
-    return None if tail is None else (_fp32(tail[0]), _fp32(tail[1]), tail[2])
-
-
-def _addresses(tail: Tail | None) -> tuple[int, int, int, float] | None:
-    if tail is None:
-        return None
-    left, right, factor = tail
-    return left.data_ptr(), right.data_ptr(), left.shape[1], factor
-
-
-def _aligned(rows: Tensor) -> Tensor:
-    """`rows`, or a copy of it, such that loads of 16 bytes can start at every row."""
-    pitch = rows.stride(0) * rows.element_size()
-    if rows.data_ptr() % _ALIGNMENT == 0 and (pitch % _ALIGNMENT == 0 or rows.shape[0] == 1):
-        return rows
-    return rows.clone(memory_format=torch.contiguous_format)
-
-
-def _workspace(splits: int, like: Tensor) -> Tensor | None:
-    if splits == 1:
-        return None
-    return torch.empty((splits, like.numel()), dtype=torch.float32, device=like.device)
-
-
-def _on(device: torch.device) -> Any:
-    """Makes `device` current where it is a GPU that is not."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
-def _stream(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    stream: int = torch.cuda.current_stream(device).cuda_stream
-    return stream
 
 
 def _check(op: str, code: int) -> None:

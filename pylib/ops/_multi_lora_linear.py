@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fusetune.ops._multi_lora_linear_cpu import CPU_BACKWARD, CPU_FORWARD
-from fusetune.ops._registry import LIB, Impl, Op, decode_int16, plain
+from fusetune.ops._registry import Impl, Op, decode_int16, define, plain
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, as_rows, flatten, unflatten
 from fusetune.ops.linear_4bit import sum_rows
 from fusetune.reference import multi_lora_linear as reference
@@ -227,22 +227,19 @@ def _library_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
 
 
 _SETTINGS = "float[] scaling, int[]? adapter_of"
-LIB.define(
+_op = define(
     f"multi_lora_linear(Tensor x, {SCHEMA}, Tensor[] lora_A, Tensor[] lora_B, {_SETTINGS}, "
     "Tensor? bias, Tensor? lora_bias, float[] dropout_p, Tensor? seeds, bool int16) "
-    "-> (Tensor, Tensor)"
+    "-> (Tensor, Tensor)",
+    _run,
+    _fake,
+    _library_backward,
+    _setup_context,
 )
-LIB.impl("multi_lora_linear", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::multi_lora_linear", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::multi_lora_linear", _library_backward, setup_context=_setup_context, lib=LIB
-)
-LIB.define(
+_op_backward = define(
     f"multi_lora_linear_backward(Tensor dy, Tensor x, {SCHEMA}, Tensor[] lora_A, Tensor[] lora_B, "
     f"Tensor s, {_SETTINGS}, float[] dropout_p, Tensor? seeds, bool need_dx, bool[] need_dA, "
-    "bool[] need_dB) -> (Tensor, Tensor[], Tensor[])"
+    "bool[] need_dB) -> (Tensor, Tensor[], Tensor[])",
+    _run_backward,
+    _fake_backward,
 )
-LIB.impl("multi_lora_linear_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::multi_lora_linear_backward", _fake_backward, lib=LIB)
-_op = torch.ops.fusetune.multi_lora_linear.default
-_op_backward = torch.ops.fusetune.multi_lora_linear_backward.default

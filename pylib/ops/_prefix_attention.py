@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from fusetune.ops import _base_attention
 from fusetune.ops._prefix_attention_cpu import CPU_BACKWARD, CPU_FORWARD
 from fusetune.ops._prefix_attention_gpu import GPU_BACKWARD, GPU_FORWARD
-from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.reference import prefix_attention as reference
 
 Tensor = torch.Tensor
@@ -215,17 +215,16 @@ _GIVEN = (
     "Tensor? mask, Tensor? bias, Tensor? rows, Tensor? lengths, Tensor? seed, "
     "bool causal, float scale, SymInt window, SymInt position, float dropout_p"
 )
-LIB.define(f"prefix_attention({_TENSORS}, {_GIVEN}) -> (Tensor, Tensor)")
-LIB.impl("prefix_attention", _op_forward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::prefix_attention", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::prefix_attention", _library_backward, setup_context=_setup_context, lib=LIB
+_op = define(
+    f"prefix_attention({_TENSORS}, {_GIVEN}) -> (Tensor, Tensor)",
+    _op_forward,
+    _fake,
+    _library_backward,
+    _setup_context,
 )
-LIB.define(
+_op_backward = define(
     f"prefix_attention_backward(Tensor dout, {_TENSORS}, Tensor out, Tensor lse, bool[] needs, "
-    f"{_GIVEN}) -> Tensor[]"
+    f"{_GIVEN}) -> Tensor[]",
+    _op_backward_run,
+    _fake_backward,
 )
-LIB.impl("prefix_attention_backward", _op_backward_run, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::prefix_attention_backward", _fake_backward, lib=LIB)
-_op = torch.ops.fusetune.prefix_attention.default
-_op_backward = torch.ops.fusetune.prefix_attention_backward.default

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fusetune.ops._prompt_embed_cpu import CPU_DPROMPT, CPU_DWEIGHT, CPU_FORWARD, not_a_token
 from fusetune.ops._prompt_embed_gpu import GPU_DPROMPT, GPU_DWEIGHT, GPU_FORWARD
-from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._weight import as_rows
 from fusetune.reference import prompt_embed as reference
 from fusetune.reference.linear_4bit import accumulate_dtype
@@ -202,27 +202,23 @@ def _library_backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     return _gradients(ctx, dout, _op_dprompt, _op_dweight)
 
 
-LIB.define(
+_op = define(
     "prompt_embed(Tensor input_ids, Tensor weight, Tensor prompt, Tensor? slots, Tensor? rows, "
-    "float scale, int padding_idx) -> Tensor"
+    "float scale, int padding_idx) -> Tensor",
+    _forward,
+    _fake,
+    _library_backward,
+    _setup_context,
 )
-LIB.impl("prompt_embed", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::prompt_embed", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::prompt_embed", _library_backward, setup_context=_setup_context, lib=LIB
-)
-LIB.define(
+_op_dprompt = define(
     "prompt_embed_dprompt(Tensor dout, Tensor? slots, Tensor? rows, SymInt groups, "
-    "SymInt length) -> Tensor"
+    "SymInt length) -> Tensor",
+    _dprompt,
+    _fake_dprompt,
 )
-LIB.impl("prompt_embed_dprompt", _dprompt, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::prompt_embed_dprompt", _fake_dprompt, lib=LIB)
-LIB.define(
+_op_dweight = define(
     "prompt_embed_dweight(Tensor dout, Tensor input_ids, Tensor? slots, SymInt vocabulary, "
-    "float scale, int padding_idx) -> Tensor"
+    "float scale, int padding_idx) -> Tensor",
+    _dweight,
+    _fake_dweight,
 )
-LIB.impl("prompt_embed_dweight", _dweight, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::prompt_embed_dweight", _fake_dweight, lib=LIB)
-_op = torch.ops.fusetune.prompt_embed.default
-_op_dprompt = torch.ops.fusetune.prompt_embed_dprompt.default
-_op_dweight = torch.ops.fusetune.prompt_embed_dweight.default

@@ -20,6 +20,28 @@ LIB = torch.library.Library("fusetune", "DEF")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 
+def define(
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> Any:
+    """The op of `schema`, of torch.library: what torch.compile, export and fake tensors see.
+
+    fake: gives results of the right shapes and dtypes. backward, setup_context: for autograd.
+    """
+    name = schema.partition("(")[0]
+    LIB.define(schema)
+    LIB.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusetune::{name}", fake, lib=LIB)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"fusetune::{name}", backward, setup_context=setup_context, lib=LIB
+        )
+    return getattr(torch.ops.fusetune, name).default
+
+
 class Case(NamedTuple):
     """What the choice of an implementation may depend on."""
 

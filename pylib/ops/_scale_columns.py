@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fusetune.ops import _cpu
-from fusetune.ops._registry import LIB, Case, backend, plain
+from fusetune.ops._registry import Case, backend, define, plain
 from fusetune.ops._weight import as_rows
 
 Tensor = torch.Tensor
@@ -95,10 +95,4 @@ def _backward(ctx: Any, dtotal: Tensor) -> Tensor:
     return dtotal.to(ctx.dtype).expand(ctx.shape)
 
 
-LIB.define("column_sums(Tensor dy) -> Tensor")
-LIB.impl("column_sums", _sum, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::column_sums", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::column_sums", _backward, setup_context=_setup_context, lib=LIB
-)
-_op = torch.ops.fusetune.column_sums.default
+_op = define("column_sums(Tensor dy) -> Tensor", _sum, _fake, _backward, _setup_context)

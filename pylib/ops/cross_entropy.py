@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _check, _cpu
-from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._saved import hooked, owned
 from fusetune.ops._weight import as_rows
 from fusetune.reference import cross_entropy as reference
@@ -232,17 +232,16 @@ def _op_gradient(ctx: Any, dloss: torch.Tensor, _: Any) -> tuple[torch.Tensor | 
 
 
 _ARGUMENTS = "int ignore_index, float label_smoothing"
-LIB.define(f"cross_entropy(Tensor logits, Tensor target, {_ARGUMENTS}) -> (Tensor, Tensor)")
-LIB.impl("cross_entropy", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::cross_entropy", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::cross_entropy", _op_gradient, setup_context=_setup_context, lib=LIB
+_op = define(
+    f"cross_entropy(Tensor logits, Tensor target, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+    _op_gradient,
+    _setup_context,
 )
-LIB.define(
+_op_backward = define(
     "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor lse, "
-    f"{_ARGUMENTS}) -> Tensor"
+    f"{_ARGUMENTS}) -> Tensor",
+    _backward,
+    _fake_backward,
 )
-LIB.impl("cross_entropy_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::cross_entropy_backward", _fake_backward, lib=LIB)
-_op = torch.ops.fusetune.cross_entropy.default
-_op_backward = torch.ops.fusetune.cross_entropy_backward.default

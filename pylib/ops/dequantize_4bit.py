@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fusetune.ops import _cpu, _cuda, _triton
-from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._weight import SCHEMA, flatten, unflatten
 from fusetune.quantized_weight import QuantizedWeight
 from fusetune.reference import dequantize_4bit as reference
@@ -112,11 +112,7 @@ def _fake(packed: torch.Tensor, *args: Any) -> torch.Tensor:
     return packed.new_empty(rows, cols, dtype=dtype)
 
 
-LIB.define(f"dequantize_4bit({SCHEMA}, ScalarType dtype) -> Tensor")
-LIB.impl("dequantize_4bit", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::dequantize_4bit", _fake, lib=LIB)
-LIB.define(f"dequantize_4bit_out({SCHEMA}, Tensor(a!) out) -> ()")
-LIB.impl("dequantize_4bit_out", _run_out, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::dequantize_4bit_out", lambda *args: None, lib=LIB)
-_op = torch.ops.fusetune.dequantize_4bit.default
-_op_out = torch.ops.fusetune.dequantize_4bit_out.default
+_op = define(f"dequantize_4bit({SCHEMA}, ScalarType dtype) -> Tensor", _run, _fake)
+_op_out = define(
+    f"dequantize_4bit_out({SCHEMA}, Tensor(a!) out) -> ()", _run_out, lambda *args: None
+)

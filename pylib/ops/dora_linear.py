@@ -19,11 +19,11 @@ from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _check
 from fusetune.ops._dora_linear import BACKWARD, FORWARD
-from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._lora_arguments import check_arguments, fold_scaling
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, as_rows, flatten, unflatten
 from fusetune.ops.dora_norm import dora_norm
 from fusetune.ops.linear_4bit import sum_rows
-from fusetune.ops.lora_linear import check_arguments, fold_scaling
 from fusetune.reference import dora_linear as reference
 from fusetune.reference.dropout import new_seed
 
@@ -225,23 +225,20 @@ def _library_backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, 
     return tuple(grads)
 
 
-LIB.define(
+_op = define(
     f"dora_linear(Tensor x, {SCHEMA}, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor magnitude, Tensor norm, Tensor? bias, float dropout_p, Tensor? seed, bool keep_z) "
-    "-> (Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+    _library_backward,
+    _setup_context,
 )
-LIB.impl("dora_linear", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::dora_linear", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::dora_linear", _library_backward, setup_context=_setup_context, lib=LIB
-)
-LIB.define(
+_op_backward = define(
     f"dora_linear_backward(Tensor dy, Tensor x, {SCHEMA}, Tensor lora_A, Tensor lora_B, "
     "float scaling, Tensor magnitude, Tensor norm, Tensor s, Tensor z, float dropout_p, "
     "Tensor? seed, bool need_dx, bool need_dA, bool need_dB, bool need_dmagnitude) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
 )
-LIB.impl("dora_linear_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::dora_linear_backward", _fake_backward, lib=LIB)
-_op = torch.ops.fusetune.dora_linear.default
-_op_backward = torch.ops.fusetune.dora_linear_backward.default

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fusetune.ops import _check, _cpu, _triton
-from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, flatten, unflatten
 from fusetune.reference import dora_norm as reference
 
@@ -94,7 +94,6 @@ def _fake(*args: Any) -> Tensor:
     return lora_B.new_empty(lora_B.shape[0], dtype=torch.float64 if double else torch.float32)
 
 
-LIB.define(f"dora_norm({SCHEMA}, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor")
-LIB.impl("dora_norm", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::dora_norm", _fake, lib=LIB)
-_op = torch.ops.fusetune.dora_norm.default
+_op = define(
+    f"dora_norm({SCHEMA}, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor", _run, _fake
+)

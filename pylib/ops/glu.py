@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _check, _cpu, _triton
 from fusetune.ops._bottleneck_cpu import ACTIVATION_CODES
-from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._saved import hooked, owned
 from fusetune.ops._weight import as_rows
 from fusetune.reference import glu as reference
@@ -179,14 +179,15 @@ def _op_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
     return dgate, dup, None
 
 
-LIB.define("glu(Tensor gate, Tensor up, str activation) -> Tensor")
-LIB.impl("glu", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::glu", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::glu", _op_gradient, setup_context=_setup_context, lib=LIB
+_op = define(
+    "glu(Tensor gate, Tensor up, str activation) -> Tensor",
+    _forward,
+    _fake,
+    _op_gradient,
+    _setup_context,
 )
-LIB.define("glu_backward(Tensor dy, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)")
-LIB.impl("glu_backward", _both, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::glu_backward", _fake_both, lib=LIB)
-_op = torch.ops.fusetune.glu.default
-_op_backward = torch.ops.fusetune.glu_backward.default
+_op_backward = define(
+    "glu_backward(Tensor dy, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
+    _both,
+    _fake_both,
+)

@@ -15,9 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _check
 from fusetune.ops._ia3_linear import BACKWARD, FORWARD
-from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, as_rows, flatten, unflatten
-from fusetune.quantized_weight import QuantizedWeight
 from fusetune.reference import ia3_linear as reference
 
 Tensor = torch.Tensor
@@ -58,20 +57,7 @@ def ia3_linear(
 def _check_arguments(
     x: Tensor, weight: Weight, scale: Tensor, bias: Tensor | None, feedforward: bool, grad: bool
 ) -> None:
-    if not isinstance(weight, Tensor | QuantizedWeight):
-        raise TypeError(
-            f"weight must be a tensor or a QuantizedWeight, got {type(weight).__name__}"
-        )
-    if len(weight.shape) != 2:
-        raise ValueError(f"weight must be a matrix [N, K], got shape {list(weight.shape)}")
-    n, k = weight.shape
-    _check.check_x(x, k)
-    if isinstance(weight, Tensor):
-        _check.check_float("weight", weight)
-        if grad and weight.requires_grad:
-            raise ValueError("weight requires grad, but it is treated as frozen: detach it")
-    if weight.device != x.device:
-        raise ValueError(f"weight is on {weight.device}, x on {x.device}: move one of them")
+    n, k = _check.check_layer(x, weight, grad)
     _check.check_float("scale", scale)
     _check.check_optional("scale", scale, k if feedforward else n, x)
     _check.check_optional("bias", bias, n, x)
@@ -188,20 +174,18 @@ def _library_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, .
     return tuple(grads)
 
 
-LIB.define(
+_op = define(
     f"ia3_linear(Tensor x, {SCHEMA}, Tensor scale, Tensor? bias, bool feedforward, bool keep_z) "
-    "-> (Tensor, Tensor)"
+    "-> (Tensor, Tensor)",
+    _run,
+    _fake,
+    _library_backward,
+    _setup_context,
 )
-LIB.impl("ia3_linear", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::ia3_linear", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::ia3_linear", _library_backward, setup_context=_setup_context, lib=LIB
-)
-LIB.define(
+_op_backward = define(
     f"ia3_linear_backward(Tensor dy, Tensor? x, {SCHEMA}, Tensor scale, Tensor? bias, Tensor z, "
-    "bool feedforward, bool need_dx, bool need_dscale, bool need_dbias) -> (Tensor, Tensor, Tensor)"
+    "bool feedforward, bool need_dx, bool need_dscale, bool need_dbias) "
+    "-> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
 )
-LIB.impl("ia3_linear_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::ia3_linear_backward", _fake_backward, lib=LIB)
-_op = torch.ops.fusetune.ia3_linear.default
-_op_backward = torch.ops.fusetune.ia3_linear_backward.default

@@ -9,6 +9,7 @@ import torch
 from fusetune.ops import _check, _cpu
 from fusetune.ops._registry import Impl, Op
 from fusetune.reference import importance as reference
+from fusetune.reference.importance import Given
 
 Tensor = torch.Tensor
 Tensors = Sequence[Tensor]
@@ -36,37 +37,28 @@ def importance(
     fit. Source: Zhang et al. 2023, arXiv:2303.10512, equations (8) to (11); the averages are
     PEFT's bit for bit.
     """
-    _check_arguments(weights, grads, sensitivity, uncertainty, beta1, beta2, dim)
-    first = weights[0]
-    run = OP.run(first.device.type, first.dtype, None)
-    scores: Tensor = run(weights, grads, sensitivity, uncertainty, beta1, beta2, dim)
+    given = Given(weights, grads, sensitivity, uncertainty, beta1, beta2, dim)
+    _check_arguments(given)
+    run = OP.run(weights[0].device.type, weights[0].dtype, None)
+    scores: Tensor = run(given)
     return scores
 
 
-def _check_arguments(
-    weights: Tensors,
-    grads: Tensors | None,
-    sensitivity: Tensors,
-    uncertainty: Tensors,
-    beta1: float,
-    beta2: float,
-    dim: int,
-) -> None:
+def _check_arguments(given: Given) -> None:
+    weights = given.weights
     if not weights:
         raise ValueError("weights is empty: there must be one matrix at least")
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+    for name, beta in (("beta1", given.beta1), ("beta2", given.beta2)):
         if not 0 < beta < 1:
             raise ValueError(f"{name} must be between 0 and 1, got {beta}")
-    if dim not in (0, 1):
-        raise ValueError(f"dim must be 0 or 1, got {dim}")
+    if given.dim not in (0, 1):
+        raise ValueError(f"dim must be 0 or 1, got {given.dim}")
     _check.check_float("weights[0]", weights[0])
     dtype, device = weights[0].dtype, weights[0].device
     shapes = [weight.shape for weight in weights]
     if any(len(shape) != 2 for shape in shapes):
         raise ValueError("weights must be matrices")
-    lists = {"weights": weights, "grads": grads}
-    lists |= {"sensitivity": sensitivity, "uncertainty": uncertainty}
-    for name, tensors in lists.items():
+    for name, tensors in zip(Given._fields[:4], given[:4], strict=True):
         if tensors is None:
             continue
         if [each.shape for each in tensors] != shapes:
@@ -77,20 +69,13 @@ def _check_arguments(
             raise TypeError(f"{name} must all be {dtype} on {device}, as weights[0]")
 
 
-def _on_cpu(
-    weights: Tensors,
-    grads: Tensors | None,
-    sensitivity: Tensors,
-    uncertainty: Tensors,
-    beta1: float,
-    beta2: float,
-    dim: int,
-) -> Tensor:
-    given = [weights, weights if grads is None else grads, sensitivity, uncertainty]
+def _on_cpu(given: Given) -> Tensor:
+    weights, grads, sensitivity, uncertainty, beta1, beta2, dim = given
+    lists = [weights, weights if grads is None else grads, sensitivity, uncertainty]
     fits = weights[0].dtype == torch.float32
-    if not fits or not all(each.is_contiguous() for tensors in given for each in tensors):
-        return _foreach(weights, grads, sensitivity, uncertainty, beta1, beta2, dim)
-    addresses = [[each.data_ptr() for each in tensors] for tensors in given]
+    if not fits or not all(each.is_contiguous() for tensors in lists for each in tensors):
+        return _foreach(given)
+    addresses = [[each.data_ptr() for each in tensors] for tensors in lists]
     if grads is None:
         addresses[1] = [0] * len(weights)
     shapes = [each.shape for each in weights]
@@ -101,16 +86,9 @@ def _on_cpu(
     return scores
 
 
-def _foreach(
-    weights: Tensors,
-    grads: Tensors | None,
-    sensitivity: Tensors,
-    uncertainty: Tensors,
-    beta1: float,
-    beta2: float,
-    dim: int,
-) -> Tensor:
+def _foreach(given: Given) -> Tensor:
     """A launch for each operation of the update, and one for the scores of each shape."""
+    weights, grads, sensitivity, uncertainty, beta1, beta2, dim = given
     if grads is not None:
         current = torch._foreach_mul(list(weights), list(grads))
         torch._foreach_abs_(current)

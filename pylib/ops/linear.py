@@ -12,7 +12,7 @@ import torch
 
 from fusetune.ops import _check, _cpu
 from fusetune.ops._lora_linear_cpu import base_dx, torch_multiplies, with_contiguous_rows
-from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._weight import as_rows
 from fusetune.ops.linear_4bit import sum_rows
 from fusetune.reference import linear as reference
@@ -140,17 +140,13 @@ def _backward_dx(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
     return _op(ddx, *ctx.saved_tensors, None), None
 
 
-LIB.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-LIB.impl("linear", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::linear", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::linear", _backward, setup_context=_setup_context, lib=LIB
+_op = define(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _forward,
+    _fake,
+    _backward,
+    _setup_context,
 )
-LIB.define("linear_dx(Tensor dy, Tensor weight) -> Tensor")
-LIB.impl("linear_dx", _dx, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::linear_dx", _fake_dx, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::linear_dx", _backward_dx, setup_context=_setup_context_dx, lib=LIB
+_op_dx = define(
+    "linear_dx(Tensor dy, Tensor weight) -> Tensor", _dx, _fake_dx, _backward_dx, _setup_context_dx
 )
-_op = torch.ops.fusetune.linear.default
-_op_dx = torch.ops.fusetune.linear_dx.default

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fusetune.ops import _check, _cpu, _cuda, _gpu_linear, _triton
-from fusetune.ops._registry import LIB, Impl, Op, decode_int16, plain
+from fusetune.ops._registry import Impl, Op, decode_int16, define, plain
 from fusetune.ops._scale_columns import column_sums
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, as_rows, flatten, unflatten
 from fusetune.quantized_weight import QuantizedWeight
@@ -196,17 +196,17 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return tuple(grads)
 
 
-LIB.define(f"linear_4bit(Tensor x, {SCHEMA}, Tensor? bias, bool int16) -> Tensor")
-LIB.impl("linear_4bit", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::linear_4bit", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::linear_4bit", _backward, setup_context=_setup_context, lib=LIB
+_op = define(
+    f"linear_4bit(Tensor x, {SCHEMA}, Tensor? bias, bool int16) -> Tensor",
+    _run,
+    _fake,
+    _backward,
+    _setup_context,
 )
-LIB.define(f"linear_4bit_dx(Tensor dy, {SCHEMA}) -> Tensor")
-LIB.impl("linear_4bit_dx", _run_dx, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::linear_4bit_dx", _fake_dx, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::linear_4bit_dx", _backward_dx, setup_context=_setup_context_dx, lib=LIB
+_op_dx = define(
+    f"linear_4bit_dx(Tensor dy, {SCHEMA}) -> Tensor",
+    _run_dx,
+    _fake_dx,
+    _backward_dx,
+    _setup_context_dx,
 )
-_op = torch.ops.fusetune.linear_4bit.default
-_op_dx = torch.ops.fusetune.linear_4bit_dx.default

@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
 from fusetune.ops import _check, _cpu, _lora_linear_cpu, _triton
+from fusetune.ops._lora_arguments import fold_scaling
 from fusetune.ops._lora_linear_gpu import ByTriton
-from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._weight import as_rows
-from fusetune.ops.lora_linear import fold_scaling
 from fusetune.reference import lora_embedding as reference
 from fusetune.reference.linear_4bit import accumulate_dtype
 
@@ -261,21 +261,18 @@ def _library_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, .
     return _gradients(ctx, dy, _op_backward)
 
 
-LIB.define(
+_op = define(
     "lora_embedding(Tensor input_ids, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
-    "float scale, int padding_idx) -> (Tensor, Tensor)"
+    "float scale, int padding_idx) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+    _library_backward,
+    _library_setup,
 )
-LIB.impl("lora_embedding", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::lora_embedding", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::lora_embedding", _library_backward, setup_context=_library_setup, lib=LIB
-)
-LIB.define(
+_op_backward = define(
     "lora_embedding_backward(Tensor dy, Tensor input_ids, Tensor h, Tensor lora_B, "
     "SymInt vocabulary, float factor, int padding_idx, bool need_dA, bool need_dB) "
-    "-> (Tensor, Tensor)"
+    "-> (Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
 )
-LIB.impl("lora_embedding_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::lora_embedding_backward", _fake_backward, lib=LIB)
-_op = torch.ops.fusetune.lora_embedding.default
-_op_backward = torch.ops.fusetune.lora_embedding_backward.default

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fusetune.ops import _check
+from fusetune.ops._lora_arguments import any_requires_grad, check_arguments, fold_scaling
 from fusetune.ops._lora_linear_cpu import CPU_BACKWARD, CPU_FORWARD
 from fusetune.ops._lora_linear_gpu import GPU_BACKWARD, GPU_FORWARD
-from fusetune.ops._registry import LIB, Impl, Op, decode_int16, plain
+from fusetune.ops._registry import Impl, Op, decode_int16, define, plain
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, as_rows, flatten, unflatten
 from fusetune.ops.linear_4bit import sum_rows
-from fusetune.quantized_weight import QuantizedWeight
 from fusetune.reference import lora_linear as reference
 from fusetune.reference.dropout import new_seed
 
@@ -76,63 +75,6 @@ def lora_linear(
         y = _LoraLinear.apply(*arguments)
         return y
     return _forward(*arguments, int16)[0]
-
-
-def any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
-
-
-def fold_scaling(
-    scaling: Tensor, x: Tensor, lora_B: Tensor, lora_bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Moves a tensor scaling into the small lora_B and lora_bias: the host never reads it."""
-    if scaling.dim():
-        raise ValueError(f"scaling must be a number or a 0-d tensor, got shape {[*scaling.shape]}")
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return lora_B.to(acc) * scaling, None if lora_bias is None else lora_bias.to(acc) * scaling
-
-
-def check_arguments(
-    x: Tensor,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    lora_bias: Tensor | None,
-    dropout_p: float,
-    grad: bool,
-) -> None:
-    dense = isinstance(weight, Tensor)
-    if not dense and not isinstance(weight, QuantizedWeight):
-        raise TypeError(
-            f"weight must be a tensor or a QuantizedWeight, got {type(weight).__name__}"
-        )
-    if len(weight.shape) != 2:
-        raise ValueError(f"weight must be a matrix [N, K], got shape {list(weight.shape)}")
-    n, k = weight.shape
-    _check.check_x(x, k)
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        _check.check_float(name, tensor)
-        if tensor.dim() != 2:
-            raise ValueError(f"{name} must be a matrix, got shape {list(tensor.shape)}")
-        _check.check_device(name, tensor, x)
-    r = lora_A.shape[0]
-    if lora_A.shape[1] != k or r == 0:
-        raise ValueError(f"lora_A must have shape [r, {k}] with r > 0, got {list(lora_A.shape)}")
-    if lora_B.shape[0] != n or lora_B.shape[1] != r:
-        raise ValueError(f"lora_B must have shape [{n}, {r}], got {list(lora_B.shape)}")
-    if isinstance(weight, Tensor):
-        _check.check_float("weight", weight)
-        if grad and weight.requires_grad:
-            raise ValueError("weight requires grad, but it is treated as frozen: detach it")
-    if weight.device != x.device:
-        raise ValueError(f"weight is on {weight.device}, x on {x.device}: move one of them")
-    if bias is not None:
-        _check.check_optional("bias", bias, n, x)
-    if lora_bias is not None:
-        _check.check_optional("lora_bias", lora_bias, n, x)
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
 
 
 # --- implementations ---- -------------------------------------------------------------------------
@@ -306,21 +248,18 @@ def _library_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, .
     return tuple(grads)
 
 
-LIB.define(
+_op = define(
     f"lora_linear(Tensor x, {SCHEMA}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, "
-    "Tensor? lora_bias, float dropout_p, Tensor? seed, bool int16) -> (Tensor, Tensor)"
+    "Tensor? lora_bias, float dropout_p, Tensor? seed, bool int16) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+    _library_backward,
+    _setup_context,
 )
-LIB.impl("lora_linear", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::lora_linear", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::lora_linear", _library_backward, setup_context=_setup_context, lib=LIB
-)
-LIB.define(
+_op_backward = define(
     f"lora_linear_backward(Tensor dy, Tensor x, {SCHEMA}, Tensor lora_A, Tensor lora_B, Tensor s, "
     "float scaling, float dropout_p, Tensor? seed, bool need_dx, bool need_dA, bool need_dB) "
-    "-> (Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
 )
-LIB.impl("lora_linear_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::lora_linear_backward", _fake_backward, lib=LIB)
-_op = torch.ops.fusetune.lora_linear.default
-_op_backward = torch.ops.fusetune.lora_linear_backward.default

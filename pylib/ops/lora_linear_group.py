@@ -13,16 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from fusetune.ops._lora_arguments import any_requires_grad, check_arguments, fold_scaling
 from fusetune.ops._lora_linear_group import BACKWARD, FORWARD
 from fusetune.ops._registry import Impl, Op, plain
 from fusetune.ops._weight import Weight, as_rows
-from fusetune.ops.lora_linear import (
-    any_requires_grad,
-    bias_grads,
-    check_arguments,
-    fold_scaling,
-    lora_linear,
-)
+from fusetune.ops.lora_linear import bias_grads, lora_linear
 from fusetune.quantized_weight import QuantizedWeight
 from fusetune.reference import lora_linear_group as reference
 from fusetune.reference.dropout import new_seed

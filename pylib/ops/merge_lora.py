@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fusetune.ops import _check, _cpu, _triton
-from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, flatten, unflatten
 from fusetune.ops.dequantize_4bit import dequantize_4bit
 from fusetune.quantized_weight import QuantizedWeight
@@ -116,9 +116,9 @@ def _fake(*args: Any) -> Tensor:
     return merged
 
 
-LIB.define(
-    f"merge_lora({SCHEMA}, Tensor lora_A, Tensor lora_B, float scaling, ScalarType dtype) -> Tensor"
+_op = define(
+    f"merge_lora({SCHEMA}, Tensor lora_A, Tensor lora_B, float scaling, ScalarType dtype) "
+    "-> Tensor",
+    _run,
+    _fake,
 )
-LIB.impl("merge_lora", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::merge_lora", _fake, lib=LIB)
-_op = torch.ops.fusetune.merge_lora.default

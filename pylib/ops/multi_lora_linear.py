@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 
 from fusetune.ops import _check
+from fusetune.ops._lora_arguments import check_arguments
 from fusetune.ops._multi_lora_linear import apply
 from fusetune.ops._weight import Weight
-from fusetune.ops.lora_linear import check_arguments, lora_linear
+from fusetune.ops.lora_linear import lora_linear
 from fusetune.reference.dropout import new_seed
 
 Tensor = torch.Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusetune.ops import _cpu
-from fusetune.ops._registry import LIB, Impl, Op, plain
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.quantized_weight import QuantizedWeight
 from fusetune.reference import quantize_4bit as reference
 from fusetune.reference.codebook import BLOCKSIZES, QUANT_TYPES, dynamic_map
@@ -105,7 +105,6 @@ def _fake(
     return packed, absmax
 
 
-LIB.define("quantize_4bit(Tensor weight, str quant_type, int blocksize) -> (Tensor, Tensor)")
-LIB.impl("quantize_4bit", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::quantize_4bit", _fake, lib=LIB)
-_op = torch.ops.fusetune.quantize_4bit.default
+_op = define(
+    "quantize_4bit(Tensor weight, str quant_type, int blocksize) -> (Tensor, Tensor)", _run, _fake
+)

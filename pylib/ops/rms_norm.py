@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _check, _cpu
-from fusetune.ops._registry import LIB, Case, Impl, Op, plain
+from fusetune.ops._registry import Case, Impl, Op, define, plain
 from fusetune.ops._weight import as_rows
 from fusetune.reference import rms_norm as reference
 
@@ -144,14 +144,13 @@ def _library_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, .
     return dx, dweight, None
 
 
-LIB.define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
-LIB.impl("rms_norm", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::rms_norm", _fake, lib=LIB)
-torch.library.register_autograd(
-    "fusetune::rms_norm", _library_backward, setup_context=_setup_context, lib=LIB
+_op = define(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+    _library_backward,
+    _setup_context,
 )
-LIB.define("rms_norm_dx(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> Tensor")
-LIB.impl("rms_norm_dx", _dx, "CompositeExplicitAutograd")
-torch.library.register_fake("fusetune::rms_norm_dx", _fake_dx, lib=LIB)
-_op = torch.ops.fusetune.rms_norm.default
-_op_dx = torch.ops.fusetune.rms_norm_dx.default
+_op_dx = define(
+    "rms_norm_dx(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> Tensor", _dx, _fake_dx
+)

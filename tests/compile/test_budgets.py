@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="compiles Triton kernels, and reads cubins by Triton's tools")
 
-from benchmarks import budgets
+from benchmarks import budgets, budgets_found
 from benchmarks.gpu_kernels import CUDA, TRITON
 from fusetune.sim import Counts, Launch
 from fusetune.sim.cuda_build import CannotBuild
@@ -22,16 +22,16 @@ from fusetune.sim.ptx.trace import Trace
 RECORDED = json.loads(budgets.RECORD.read_text())
 
 
-@pytest.mark.parametrize("part", budgets.PARTS)
+@pytest.mark.parametrize("part", budgets_found.PARTS)
 def test_kernels_keep_to_their_budgets(part):
     try:
-        here = budgets.toolchain()
+        here = budgets_found.toolchain()
     except CannotBuild as error:
         pytest.skip(str(error))
     if here != RECORDED["toolchain"]:
         pytest.skip(f"recorded with {RECORDED['toolchain']}, here is {here}")
     try:
-        found = budgets.PARTS[part]()
+        found = budgets_found.PARTS[part]()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     broken = budgets.broken(budgets.compare(RECORDED[part], found))
@@ -91,7 +91,7 @@ def test_counts_are_exact(what, by):
 def test_memory_may_move_what_is_compulsory_and_little_more():
     """64 sectors are loaded twice, and one is stored."""
     case = replace(TRITON[0], compulsory=lambda sizes: 32 * 65, within=1.05)
-    found = budgets.multiples(case, passes(2))
+    found = budgets_found.multiples(case, passes(2))
     assert found == {
         "executed": round(129 / 65, 3),
         "memory, L2 of 6 MiB": 1.0,
@@ -99,8 +99,8 @@ def test_memory_may_move_what_is_compulsory_and_little_more():
         "beyond": "",
     }
     assert not budgets.broken(budgets.compare({"sm_80, k": found}, {"sm_80, k": found}))
-    assert budgets.multiples(replace(case, compulsory=None), passes(2)) == {}
-    found = budgets.multiples(replace(case, within=0.99), passes(1))
+    assert budgets_found.multiples(replace(case, compulsory=None), passes(2)) == {}
+    found = budgets_found.multiples(replace(case, within=0.99), passes(1))
     (row,) = budgets.broken(budgets.compare({"sm_80, k": found}, {"sm_80, k": found}))
     assert row.verdict == "memory moves more than 0.99 times the least"
 
@@ -129,7 +129,7 @@ def test_a_record_is_read_back_as_it_was():
     text = budgets.record({"part": {"sm_80, b": CLEAN, "sm_80, a": counted}})
     stored = json.loads(text)
     assert stored["part"] == {"sm_80, a": COUNTED, "sm_80, b": COMPILED}
-    assert stored["toolchain"] == budgets.toolchain()
+    assert stored["toolchain"] == budgets_found.toolchain()
 
 
 def test_required_instructions_are_looked_for():
@@ -140,18 +140,22 @@ def test_required_instructions_are_looked_for():
     scalar = Usage(32, 0, 0, opcodes=Counter({"LDG.E": 4, "FFMA": 8}))
     wide = Usage(32, 0, 0, opcodes=Counter({"LDG.E.128.CONSTANT": 4, "HMMA.16816.F32.BF16": 8}))
     needs = ("tensor cores", "wide loads", "asynchronous copies")
-    assert budgets.resources(scalar, 80, needs)["missing"] == list(needs)
-    assert budgets.resources(wide, 80, needs)["missing"] == ["asynchronous copies"]
-    assert budgets.resources(wide, 75, needs)["missing"] == []  # sm_75 has none
+    assert budgets_found.resources(scalar, 80, needs)["missing"] == list(needs)
+    assert budgets_found.resources(wide, 80, needs)["missing"] == ["asynchronous copies"]
+    assert budgets_found.resources(wide, 75, needs)["missing"] == []  # sm_75 has none
 
 
 def test_names_of_cuda_kernels():
     tile = "_ZN8fusetune16linear_4bit_tileI13__nv_bfloat16Li4EEEvPKT_liPKhPKfS6_S4_"
-    assert budgets.demangled(tile) == ("linear_4bit_tile", "linear_4bit_tile<bf16, 4>", "bf16")
+    assert budgets_found.demangled(tile) == (
+        "linear_4bit_tile",
+        "linear_4bit_tile<bf16, 4>",
+        "bf16",
+    )
     plain = "_ZN8fusetune16linear_4bit_fp32EPKfliPKhS1_S1_"
-    assert budgets.demangled(plain) == ("linear_4bit_fp32", "linear_4bit_fp32", "fp32")
+    assert budgets_found.demangled(plain) == ("linear_4bit_fp32", "linear_4bit_fp32", "fp32")
     with pytest.raises(ValueError, match="say what the kernel"):
-        budgets.demangled("_ZN8fusetune9somethingEPKf")
+        budgets_found.demangled("_ZN8fusetune9somethingEPKf")
 
 
 def test_a_worse_tile_is_caught(monkeypatch):
@@ -160,7 +164,7 @@ def test_a_worse_tile_is_caught(monkeypatch):
 
     name, smaller = "linear with tail, few rows", linear.Tiles(16, 64, 64, 4, 3)
     recorded = {f"sm_80, {name}": RECORDED["executed-triton"][f"sm_80, {name}"]}
-    assert not budgets.broken(budgets.compare(recorded, budgets._execute("triton", name, 80)))
+    assert not budgets.broken(budgets.compare(recorded, budgets_found._execute("triton", name, 80)))
     monkeypatch.setattr(linear, "_SMALL", smaller)
-    broken = budgets.broken(budgets.compare(recorded, budgets._execute("triton", name, 80)))
+    broken = budgets.broken(budgets.compare(recorded, budgets_found._execute("triton", name, 80)))
     assert ("load sectors", "more than recorded") in {(row.what, row.verdict) for row in broken}

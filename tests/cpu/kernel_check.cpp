@@ -12,6 +12,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -51,6 +52,8 @@ struct Result {
   std::string where;
 };
 
+using Named = std::vector<std::pair<const char*, Result>>;
+
 struct Report {
   const char* isa;
   int failures = 0;
@@ -60,6 +63,9 @@ struct Report {
     failures += !ok;
     std::printf("%-7s %-24s %9lld values, worst error %.3f of the bound %s\n", isa, kernel,
                 static_cast<long long>(r.checked), r.worst, ok ? "" : ("WRONG at " + r.where).c_str());
+  }
+  void operator()(const Named& results) {
+    for (const auto& [kernel, result] : results) (*this)(kernel, result);
   }
 };
 

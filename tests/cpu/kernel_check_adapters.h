@@ -29,6 +29,11 @@ constexpr double kSteepest = 1.2;  // of all slopes above, for an error of z in 
 
 struct BottleneckResults {
   Result y, z, dx, down, down_bias, up, up_bias;
+
+  Named named() const {
+    return {{"bottleneck: y", y}, {"bottleneck: z", z}, {"bottleneck: dx", dx}, {"bottleneck: d_down", down},
+            {"bottleneck: d_down_bias", down_bias}, {"bottleneck: d_up", up}, {"bottleneck: d_up_bias", up_bias}};
+  }
 };
 
 struct Sums {
@@ -133,6 +138,11 @@ BottleneckResults check_bottleneck(const Kernels& kernels) {
 
 struct FusionResults {
   Result ctx, p, dg, dvalues, doffset;
+
+  Named named() const {
+    return {{"fusion_attend: ctx", ctx}, {"fusion_attend: p", p}, {"fusion_attend: dg", dg},
+            {"fusion_attend: dvalues", dvalues}, {"fusion_attend: doffset", doffset}};
+  }
 };
 
 void check_fusion_case(const Kernels& kernels, int64_t m, int64_t h, int64_t n, Dtype dtype, const Dropout& drop,

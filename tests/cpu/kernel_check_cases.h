@@ -182,6 +182,11 @@ Result check_dora_norm(const Kernels& kernels) {
 
 struct LoraResults {
   Result shrink, ds, dB, dA, dropout;
+
+  Named named() const {
+    return {{"lora_shrink", shrink}, {"lora_ds_db: ds", ds}, {"lora_ds_db: dB", dB}, {"lora_da", dA},
+            {"dropout", dropout}};
+  }
 };
 
 LoraResults check_lora(const Kernels& kernels) {
@@ -229,47 +234,8 @@ LoraResults check_lora(const Kernels& kernels) {
   return results;
 }
 
-struct CrossEntropyResults {
-  Result forward, backward;
-};
-
-CrossEntropyResults check_cross_entropy(const Kernels& kernels) {
-  CrossEntropyResults results;
-  const float smoothing = 0.1f;
-  for (const auto& [m, v] : {std::array<int64_t, 2>{1, 2}, {5, 17}, {9, 4099}}) {
-    for (Dtype dtype : kDtypes) {
-      Stored logits(m, v, dtype), gradient(m, v, dtype);
-      logits.randomize();
-      std::vector<int64_t> target;
-      for (int64_t i = 0; i < m; ++i) target.push_back(i == 2 ? -100 : static_cast<int64_t>(generator() % uint64_t(v)));
-      const Floats dloss = random_floats(m);
-      Floats loss(static_cast<size_t>(m)), lse = loss;
-      Doubles exact, d_exact;
-      for (int64_t i = 0; i < m; ++i) {
-        double sum = 0, total = 0;
-        for (int64_t j = 0; j < v; ++j) sum += std::exp(logits.at(i, j)), total += logits.at(i, j);
-        const int64_t t = target[static_cast<size_t>(i)];
-        const double log_sum = std::log(sum);
-        const bool ignored = t == -100;
-        exact.push_back(ignored ? 0 : log_sum - (1 - smoothing) * logits.at(i, t) - smoothing * total / double(v));
-        for (int64_t j = 0; j < v; ++j) {
-          const double goal = (j == t ? 1 - smoothing : 0) + smoothing / double(v);
-          d_exact.push_back(ignored ? 0 : dloss[static_cast<size_t>(i)] * (std::exp(logits.at(i, j)) / sum - goal));
-        }
-      }
-      const int64_t bad = kernels.cross_entropy(logits.matrix(), m, v, target.data(), -100, smoothing, loss.data(),
-                                                lse.data());
-      kernels.cross_entropy_backward(logits.matrix(), m, v, target.data(), -100, smoothing, lse.data(), dloss.data(),
-                                     gradient.mut());
-      const std::string name = describe(m, v, v, 0, dtype) + (bad == -1 ? "" : " says bad target");
-      compare(results.forward, doubles(loss), exact, Doubles(exact.size(), 10), std::sqrt(double(v)), Dtype::f32, name);
-      compare(results.backward, gradient.values(), d_exact, Doubles(d_exact.size(), 1), 1, dtype, name);
-    }
-  }
-  return results;
-}
-
 #include "kernel_check_adapters.h"
+#include "kernel_check_cross_entropy.h"
 #include "kernel_check_multi_lora.h"
 #include "kernel_check_importance.h"
 #include "kernel_check_prefix.h"
@@ -284,58 +250,16 @@ int check_table(const Kernels& kernels) {
   report("linear", check_linear(kernels));
   report("linear_dx", check_linear_dx(kernels));
   if (kernels.linear_4bit_int16) report("linear_4bit_int16", check_linear_4bit_int16(kernels));
-  const LoraResults lora = check_lora(kernels);
-  report("lora_shrink", lora.shrink);
-  report("lora_ds_db: ds", lora.ds);
-  report("lora_ds_db: dB", lora.dB);
-  report("lora_da", lora.dA);
-  report("dropout", lora.dropout);
-  const MultiLoraResults multi = check_multi_lora(kernels);
-  report("multi_lora_shrink", multi.s);
-  report("multi_lora_expand: y", multi.y);
-  report("multi_lora_expand: dx", multi.dx);
-  report("multi_lora_ds_db: ds", multi.ds);
-  report("multi_lora_ds_db: dB", multi.dB);
-  report("multi_lora_da", multi.dA);
+  report(check_lora(kernels).named());
+  report(check_multi_lora(kernels).named());
   report("dora_norm", check_dora_norm(kernels));
-  const CrossEntropyResults ce = check_cross_entropy(kernels);
-  report("cross_entropy", ce.forward);
-  report("cross_entropy_backward", ce.backward);
-  const PrefixResults prefix = check_prefix(kernels);
-  report("prefix_attend: out", prefix.out);
-  report("prefix_attend: lse", prefix.lse);
-  report("prefix_attend: dquery", prefix.dquery);
-  report("prefix_attend: dkey", prefix.dkey);
-  report("prefix_attend: dvalue", prefix.dvalue);
-  const PromptResults prompt = check_prompt(kernels);
-  report("prompt_embed", prompt.embed);
-  report("prompt_embed_dprompt", prompt.dprompt);
-  report("prompt_embed_dweight", prompt.dweight);
-  const BottleneckResults bottleneck = check_bottleneck(kernels);
-  report("bottleneck: y", bottleneck.y);
-  report("bottleneck: z", bottleneck.z);
-  report("bottleneck: dx", bottleneck.dx);
-  report("bottleneck: d_down", bottleneck.down);
-  report("bottleneck: d_down_bias", bottleneck.down_bias);
-  report("bottleneck: d_up", bottleneck.up);
-  report("bottleneck: d_up_bias", bottleneck.up_bias);
-  const FusionResults fusion = check_fusion(kernels);
-  report("fusion_attend: ctx", fusion.ctx);
-  report("fusion_attend: p", fusion.p);
-  report("fusion_attend: dg", fusion.dg);
-  report("fusion_attend: dvalues", fusion.dvalues);
-  report("fusion_attend: doffset", fusion.doffset);
-  const GluResults glu = check_glu(kernels);
-  report("glu", glu.y);
-  report("glu: dgate", glu.dgate);
-  report("glu: dup", glu.dup);
-  const ScaleColumnsResults columns = check_scale_columns(kernels);
-  report("scale_columns", columns.y);
-  report("scale_columns_backward: dx", columns.dx);
-  report("scale_columns_backward: dscale", columns.dscale);
-  report("scale_columns_backward: dbias", columns.dbias);
-  const ImportanceResults importance = check_importance(kernels);
-  report("importance: averages", importance.averages);
-  report("importance: scores", importance.scores);
+  report(check_cross_entropy(kernels).named());
+  report(check_prefix(kernels).named());
+  report(check_prompt(kernels).named());
+  report(check_bottleneck(kernels).named());
+  report(check_fusion(kernels).named());
+  report(check_glu(kernels).named());
+  report(check_scale_columns(kernels).named());
+  report(check_importance(kernels).named());
   return report.failures;
 }

@@ -2,6 +2,8 @@
 
 struct GluResults {
   Result y, dgate, dup;
+
+  Named named() const { return {{"glu", y}, {"glu: dgate", dgate}, {"glu: dup", dup}}; }
 };
 
 // Sizes of the slope's terms, which cancel where it crosses zero.

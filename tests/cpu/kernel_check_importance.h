@@ -2,6 +2,8 @@
 
 struct ImportanceResults {
   Result averages, scores;
+
+  Named named() const { return {{"importance: averages", averages}, {"importance: scores", scores}}; }
 };
 
 ImportanceResults check_importance(const Kernels& kernels) {

@@ -2,6 +2,11 @@
 
 struct MultiLoraResults {
   Result s, y, ds, dB, dA, dx;
+
+  Named named() const {
+    return {{"multi_lora_shrink", s}, {"multi_lora_expand: y", y}, {"multi_lora_expand: dx", dx},
+            {"multi_lora_ds_db: ds", ds}, {"multi_lora_ds_db: dB", dB}, {"multi_lora_da", dA}};
+  }
 };
 
 // One adapter's arrays, of exactly the size that the contract asks for, and the rows of x that it serves.

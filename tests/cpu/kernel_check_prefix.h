@@ -2,6 +2,11 @@
 
 struct PrefixResults {
   Result out, lse, dquery, dkey, dvalue;
+
+  Named named() const {
+    return {{"prefix_attend: out", out}, {"prefix_attend: lse", lse}, {"prefix_attend: dquery", dquery},
+            {"prefix_attend: dkey", dkey}, {"prefix_attend: dvalue", dvalue}};
+  }
 };
 
 // All there is of a call, in rows of D: queries are rows (b, head, i) of [B, Hq, T], keys are rows (g, j, head) of

@@ -2,6 +2,10 @@
 
 struct PromptResults {
   Result embed, dprompt, dweight;
+
+  Named named() const {
+    return {{"prompt_embed", embed}, {"prompt_embed_dprompt", dprompt}, {"prompt_embed_dweight", dweight}};
+  }
 };
 
 // Which vector lies at each place of [batch, length + tokens]: a row of the prompts, then of the tokens; -1: zeros.

@@ -2,6 +2,11 @@
 
 struct ScaleColumnsResults {
   Result y, dx, dscale, dbias;
+
+  Named named() const {
+    return {{"scale_columns", y}, {"scale_columns_backward: dx", dx}, {"scale_columns_backward: dscale", dscale},
+            {"scale_columns_backward: dbias", dbias}};
+  }
 };
 
 ScaleColumnsResults check_scale_columns(const Kernels& kernels) {

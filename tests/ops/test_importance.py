@@ -13,6 +13,10 @@ ISAS = _native.C.available_isas() if _native.C else []
 SHAPES = [(4, 9), (1, 1), (6, 1), (12, 1500), (4, 9), (2, 2100), (1500, 12), (3, 33)]
 
 
+def defined(*given):
+    return reference.importance(reference.Given(*given))
+
+
 def inputs(dtype=torch.float32, shapes=SHAPES):
     """(weights, grads, sensitivity, uncertainty)"""
     sets = [[torch.randn(*shape).to(dtype) for shape in shapes] for _ in range(4)]
@@ -26,8 +30,8 @@ def results(function, given, dim, dtype=None, grads=True):
 
 def check(given, dim, grads=True):
     got = results(importance, given, dim, grads=grads)
-    eager = results(reference.importance, given, dim, grads=grads)
-    exact = results(reference.importance, given, dim, torch.float64, grads)
+    eager = results(defined, given, dim, grads=grads)
+    exact = results(defined, given, dim, torch.float64, grads)
     for kind in (1, 2):  # every operation on an element rounds as PyTorch's: PEFT's averages
         for mine, theirs in zip(got[kind], eager[kind], strict=True):
             assert torch.equal(mine, theirs)
@@ -50,8 +54,8 @@ def test_in_multi_tensor_operations(dim, dtype, monkeypatch):
     """What runs on a GPU, here on the CPU."""
     given = inputs(dtype)
     foreach = next(impl.run for impl in ops.OPS["importance"].impls if impl.name == "torch")
-    got = results(lambda *args: foreach(*args), given, dim)
-    expected = results(reference.importance, given, dim)
+    got = results(lambda *args: foreach(reference.Given(*args)), given, dim)
+    expected = results(defined, given, dim)
     for kind in (1, 2):
         assert all(torch.equal(*each) for each in zip(got[kind], expected[kind], strict=True))
     torch.testing.assert_close(got[0], expected[0])
@@ -83,7 +87,7 @@ def test_strided_matrices(backend):
     given = [[each.T for each in tensors] for tensors in given]
     w, g, s, u = ([each.T.clone().T for each in tensors] for tensors in given)
     assert not w[0].is_contiguous()
-    expected = results(reference.importance, given, 1)
+    expected = results(defined, given, 1)
     scores = importance(w, g, s, u, 0.85, 0.9, 1)
     torch.testing.assert_close(scores, expected[0])
     assert all(torch.equal(*each) for each in zip(s + u, expected[1] + expected[2], strict=True))
@@ -92,7 +96,7 @@ def test_strided_matrices(backend):
 def test_empty_matrices(backend):
     given = inputs(shapes=[(0, 4), (3, 4), (0, 4)])
     scores, _, _ = results(importance, given, 1)
-    torch.testing.assert_close(scores, results(reference.importance, given, 1)[0])
+    torch.testing.assert_close(scores, results(defined, given, 1)[0])
     scores, _, _ = results(importance, given, 0)
     assert scores.isnan().tolist() == [True] * 4 + [False] * 4 + [True] * 4
 
@@ -100,7 +104,7 @@ def test_empty_matrices(backend):
 def test_overflow_and_nan_are_pefts(backend):
     given = inputs(shapes=[(2, 40)])
     given[1][0][0, 3], given[1][0][1, 5] = torch.inf, torch.nan
-    got, expected = (results(f, given, 1) for f in (importance, reference.importance))
+    got, expected = (results(f, given, 1) for f in (importance, defined))
     assert torch.equal(got[0].isnan(), expected[0].isnan())
     assert torch.equal(got[1][0].isinf(), expected[1][0].isinf())
 

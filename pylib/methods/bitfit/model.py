@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from fusetune.methods._tuner import MethodTuner
 from fusetune.methods.bitfit.config import BitFitConfig
 from fusetune.methods.bitfit.layer import BitFitLayer
 from fusetune.methods.bitfit.select import selected
 from fusetune.nn.adapter_rows import check_rows, heads_by_row, rows_named
 
 
-class BitFitModel(BaseTuner):
+class BitFitModel(MethodTuner):
     """BitFit adapters in a model, by PEFT's interface.
 
     `adapter_names` of forward and generate gives each row of a batch its own, in training too.
@@ -41,31 +41,14 @@ class BitFitModel(BaseTuner):
         """Chooses the modules; all that may be wrong is found here."""
         self._selected = frozenset(selected(model, peft_config))
 
-    # A static method in PEFT, which calls it on the instance.
-    def _check_target_module_exists(  # type: ignore[override]
-        self, peft_config: Any, key: str
-    ) -> bool:
-        return key in self._selected
+    def _targets(self) -> frozenset[str]:
+        return self._selected
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if not isinstance(target, BitFitLayer):
-            target = BitFitLayer(target)
-            setattr(parent, target_name, target)
-        target.update_layer(adapter_name, inference_mode=peft_config.inference_mode)
+    def _new_layer(self, target: nn.Module, parent: nn.Module, key: str) -> BitFitLayer:
+        return BitFitLayer(target)
 
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any
-    ) -> None:
-        setattr(parent, child_name, new_module)  # a base layer in the place of its wrapper
+    def _add_adapter(self, layer: Any, adapter_name: str, peft_config: Any) -> None:
+        layer.update_layer(adapter_name, inference_mode=peft_config.inference_mode)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

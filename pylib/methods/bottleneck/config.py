@@ -8,12 +8,13 @@ sets the default of `kind`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 from torch import nn
 
+from fusetune.methods._kinds import class_of
 from fusetune.ops.bottleneck import ACTIVATIONS
 
 PEFT_TYPE = "BOTTLENECK"
@@ -44,16 +45,7 @@ class AdapterConfig(PeftConfig):
     def __new__(cls, *args: Any, **kwargs: Any) -> AdapterConfig:
         if cls is not AdapterConfig:
             return super().__new__(cls)
-        # PEFT builds what it read from a file by the one class registered for the PEFT type.
-        kind = kwargs.get("kind", "bottleneck")
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {sorted(KINDS)}, got {kind!r}")
-        unknown = sorted(set(kwargs) - {f.name for f in fields(KINDS[kind])})
-        if unknown:
-            raise ValueError(
-                f"adapter_config.json has fields this version does not know: {unknown}"
-            )
-        return super().__new__(KINDS[kind])
+        return super().__new__(class_of(KINDS, "bottleneck", kwargs))
 
     def __post_init__(self) -> None:
         super().__post_init__()

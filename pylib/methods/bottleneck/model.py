@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from fusetune.methods._tuner import MethodTuner
 from fusetune.methods.bottleneck.architectures import (
     Place,
     architecture_from_dict,
@@ -34,7 +34,7 @@ from fusetune.methods.bottleneck.repeat import repeat_inputs
 Composition = str | Sequence[str] | Node
 
 
-class BottleneckModel(BaseTuner):
+class BottleneckModel(MethodTuner):
     """Bottleneck adapters, fusions and invertible blocks in a model, by PEFT's interface.
 
     `composition` is what is active; set_adapter takes a name or a list of names (a Stack), as in
@@ -127,34 +127,17 @@ class BottleneckModel(BaseTuner):
             raise ValueError(f"adapters: a fusion is over adapters of the model; {others} are none")
         return found
 
-    # A static method in PEFT, which calls it on the instance.
-    def _check_target_module_exists(  # type: ignore[override]
-        self, peft_config: Any, key: str
-    ) -> bool:
-        return key in self._places
+    def _targets(self) -> dict[str, Place]:
+        return self._places
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if not isinstance(target, BottleneckLayer):
-            place = self._places[current_key]
-            layer = self.model.get_submodule(place.layer_key)
-            target = BottleneckLayer(target, place, layer, self._active)
-            self._replace_module(parent, target_name, target, None)
+    def _new_layer(self, target: nn.Module, parent: nn.Module, key: str) -> BottleneckLayer:
+        place = self._places[key]
+        layer = self.model.get_submodule(place.layer_key)
+        return BottleneckLayer(target, place, layer, self._active)
+
+    def _add_adapter(self, layer: Any, adapter_name: str, peft_config: Any) -> None:
         hidden_size = hidden_size_of(self.model, list(self._places.values()))
-        target.update_layer(adapter_name, peft_config, hidden_size)
-
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any
-    ) -> None:
-        setattr(parent, child_name, new_module)
+        layer.update_layer(adapter_name, peft_config, hidden_size)
 
     # --- activation -------------------------------------------------------------------------------
 

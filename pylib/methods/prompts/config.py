@@ -8,10 +8,12 @@ sets the default of `kind`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peft import PeftConfig
+
+from fusetune.methods._kinds import class_of
 
 PEFT_TYPE = "PROMPTS"
 KINDS: dict[str, type[PromptConfig]] = {}
@@ -44,16 +46,7 @@ class PromptConfig(PeftConfig):
     def __new__(cls, *args: Any, **kwargs: Any) -> PromptConfig:
         if cls is not PromptConfig:
             return super().__new__(cls)
-        # PEFT builds what it read from a file by the one class registered for the PEFT type.
-        kind = kwargs.get("kind", "")
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {sorted(KINDS)}, got {kind!r}")
-        unknown = sorted(set(kwargs) - {f.name for f in fields(KINDS[kind])})
-        if unknown:
-            raise ValueError(
-                f"adapter_config.json has fields this version does not know: {unknown}"
-            )
-        return super().__new__(KINDS[kind])
+        return super().__new__(class_of(KINDS, "", kwargs))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from fusetune.methods.prompts import arguments
-from fusetune.methods.prompts.arguments import Arguments, Turn
+from fusetune.methods.prompts.arguments import Arguments
 from fusetune.methods.prompts.layer import PromptLayer
 from fusetune.methods.prompts.shallow_config import PTuningConfig
 from fusetune.methods.prompts.template import Template
+from fusetune.methods.prompts.turn import Turn
 from fusetune.nn import cache_argument
 
 Tensor = torch.Tensor

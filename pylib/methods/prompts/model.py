@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from fusetune.methods._tuner import MethodTuner
 from fusetune.methods.prompts.attention import AttentionHooks
 from fusetune.methods.prompts.config import PromptConfig
 from fusetune.methods.prompts.embedding import EmbeddingHooks
@@ -27,7 +27,7 @@ _OWN = {
 }
 
 
-class PromptModel(BaseTuner):
+class PromptModel(MethodTuner):
     """Prompts in a transformers model, by PEFT's interface.
 
     One adapter is active at a time; `adapter_names` of forward and generate gives each row of a
@@ -88,31 +88,19 @@ class PromptModel(BaseTuner):
             # model without one for a model to be frozen.
             model.add_module(NAME, nn.Identity())
 
-    # A static method in PEFT, which calls it on the instance.
-    def _check_target_module_exists(  # type: ignore[override]
-        self, peft_config: Any, key: str
-    ) -> bool:
-        return key == NAME
+    def _targets(self) -> tuple[str]:
+        return (NAME,)
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
+    def _new_layer(self, target: nn.Module, parent: nn.Module, key: str) -> PromptLayer:
+        return PromptLayer(parent)
+
+    def _add_adapter(self, layer: Any, adapter_name: str, peft_config: Any) -> None:
         assert self._built is not None  # _prepare_model has been called
-        if not isinstance(target, PromptLayer):
-            target = PromptLayer(parent)
-            setattr(parent, target_name, target)
         like = geometry_of(self.model).embedding.weight
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         if not any(p.is_meta for p in (like, *self._built.parameters())):
             self._built.to(device=like.device, dtype=wide)
-        target.update_layer(adapter_name, peft_config, self._built)
+        layer.update_layer(adapter_name, peft_config, self._built)
 
     # --- activation -------------------------------------------------------------------------------
 
