@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from fusetune.ops import _check
-from fusetune.ops._adapter_fusion import attend
+from fusetune.ops._adapter_fusion import OP, attend
 from fusetune.ops._adapter_fusion_blocks import Maps, Options, fuse, in_blocks
 from fusetune.ops._lora_linear_cpu import torch_crawls
 from fusetune.reference.dropout import new_seed
@@ -138,11 +138,20 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     In fp32 where torch takes ten times as long for 16 bits.
     """
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    crawls = x.device.type == "cpu" and torch_crawls(dtype)
-    within = torch.float32 if crawls and not torch.is_autocast_enabled("cpu") else dtype
+    within = torch.float32 if _crawls(x.device.type, dtype) else dtype
     b = None if bias is None else bias.to(within)
     y = functional.linear(x.to(within), weight.to(within), b)
     return y if within == dtype else y.to(dtype)
+
+
+def _crawls(device: str, dtype: torch.dtype) -> bool:
+    """Not where the simulator stands for a GPU, nor under autocast, which takes its own dtype."""
+    if device != "cpu" or not torch_crawls(dtype) or torch.compiler.is_compiling():
+        return False
+    return not torch.is_autocast_enabled("cpu") and OP.carrier("cpu", dtype, dtype) in (
+        "cpu",
+        "reference",
+    )
 
 
 def _query_maps(
