@@ -20,6 +20,7 @@ struct Rows {
   const uint8_t* data;
   int64_t ld;   // elements from row to row
   float scale;  // dense: factor on every element
+  Dtype dtype;  // dense
   const Weight4bit* quantized;
   int block_shift, nested_shift;  // log2 of the blocksizes
   Codebook code;
@@ -28,7 +29,6 @@ struct Rows {
   void read(int64_t row, int64_t rows, int64_t col, int64_t cols, float* dst, int64_t stride) const {
     read_rows(*this, row, rows, col, cols, dst, stride);
   }
-  Dtype dtype;  // dense
   // Whether the data are the elements as they are multiplied.
   bool plain() const { return !quantized && dtype == Dtype::f32 && scale == 1.f; }
 };

@@ -31,7 +31,7 @@ class PeakMeter:
 
     CPU: freed heap and what the kernels keep for their next results are handed back to the system
     first (malloc_trim, ops.empty_cache), so that what an earlier stretch left behind is not
-    counted, nor used for nothing; then the kernel's high-water mark is reset through
+    counted; then the kernel's high-water mark is reset through
     /proc/self/clear_refs and read from VmHWM. GPU: torch's allocator statistics.
     """
 
