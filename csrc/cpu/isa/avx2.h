@@ -130,31 +130,6 @@ FUSETUNE_INLINE U spread_nibbles(__m128i bytes) {
   return _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(spread, 4), _mm256_set1_epi16(0x000f)),
                          _mm256_and_si256(spread, _mm256_set1_epi16(0x0f00)));
 }
-// codes: as spread_nibbles leaves them, or the even ones in the low lane and the odd ones in the high lane.
-FUSETUNE_INLINE void look_up_codes(const U& codes, const Codebook& code, F (&out)[4]) {
-  const U b0 = _mm256_shuffle_epi8(code.byte0, codes), b1 = _mm256_shuffle_epi8(code.byte1, codes);
-  const U b2 = _mm256_shuffle_epi8(code.byte2, codes), b3 = _mm256_shuffle_epi8(code.byte3, codes);
-  const U low01 = _mm256_unpacklo_epi8(b0, b1), low23 = _mm256_unpacklo_epi8(b2, b3);
-  const U high01 = _mm256_unpackhi_epi8(b0, b1), high23 = _mm256_unpackhi_epi8(b2, b3);
-  out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low01, low23));
-  out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low01, low23));
-  out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(high01, high23));
-  out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high01, high23));
-}
-FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[4]) {
-  look_up_codes(spread_nibbles(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), code, out);
-}
-
-// Of each eight first those with even indices, then the odd ones: what cutting bytes in two gives, without spreading
-// them. For sums over the elements, with the other operand in that order too.
-#define FUSETUNE_HAS_EVEN_ODD 1
-FUSETUNE_INLINE F even_odd(F v) { return _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)); }
-FUSETUNE_INLINE void decode32_even_odd(const uint8_t* p, const Codebook& code, F (&out)[4]) {
-  const U bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const U shifted = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(4, 4, 4, 4, 0, 0, 0, 0));
-  look_up_codes(_mm256_and_si256(shifted, _mm256_set1_epi8(15)), code, out);
-}
-
 // decode32, scaled, in four parts of some ten instructions that need three registers at a time.
 struct DecodeParts {
   U codes, low01, high01, low23, high23;
@@ -178,6 +153,31 @@ struct DecodeParts {
     store(dst + 24, mul(_mm256_castsi256_ps(_mm256_unpackhi_epi16(high01, high23)), factor));
   }
 };
+
+// codes: as spread_nibbles leaves them, or the even ones in the low lane and the odd ones in the high lane.
+FUSETUNE_INLINE void look_up_codes(const U& codes, const Codebook& code, F (&out)[4]) {
+  DecodeParts parts;
+  parts.codes = codes;
+  parts.look_up_low(code);
+  parts.look_up_high(code);
+  out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(parts.low01, parts.low23));
+  out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(parts.low01, parts.low23));
+  out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(parts.high01, parts.high23));
+  out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(parts.high01, parts.high23));
+}
+FUSETUNE_INLINE void decode32(const uint8_t* p, const Codebook& code, F (&out)[4]) {
+  look_up_codes(spread_nibbles(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), code, out);
+}
+
+// Of each eight first those with even indices, then the odd ones: what cutting bytes in two gives, without spreading
+// them. For sums over the elements, with the other operand in that order too.
+#define FUSETUNE_HAS_EVEN_ODD 1
+FUSETUNE_INLINE F even_odd(F v) { return _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)); }
+FUSETUNE_INLINE void decode32_even_odd(const uint8_t* p, const Codebook& code, F (&out)[4]) {
+  const U bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const U shifted = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(4, 4, 4, 4, 0, 0, 0, 0));
+  look_up_codes(_mm256_and_si256(shifted, _mm256_set1_epi8(15)), code, out);
+}
 
 struct ScaledCodebook {
   const Codebook* code;
