@@ -74,6 +74,8 @@ bool has(const std::string& name) {
   if (name == "prompt_embed_dweight") return k.prompt_embed_dweight;
   if (name == "prefix_attend") return k.prefix_attend;
   if (name == "prefix_attend_backward") return k.prefix_attend_backward;
+  if (name == "attention") return k.attention;
+  if (name == "attention_backward") return k.attention_backward;
   if (name == "glu") return k.glu;
   if (name == "glu_backward") return k.glu_backward;
   if (name == "importance") return k.importance;
@@ -279,6 +281,7 @@ PYBIND11_MODULE(_C, m) {
   bind_norm(m);
   bind_multi_lora(m);
   bind_adapters(m);
+  bind_attention(m);
   bind_prefix(m);
   bind_prompts(m);
   bind_glu(m);

@@ -2,6 +2,7 @@
 //
 // Conventions (0 is a null pointer):
 //   Matrix  (address, row stride in elements, dtype) with dtype 0 float32, 1 float16, 2 bfloat16
+//   Heads   (address, distances of batch rows, heads and tokens in elements, dtype)
 //   Dropout (seed, threshold, scale) or None
 #pragma once
 #include <pybind11/pybind11.h>
@@ -18,6 +19,8 @@ namespace fusetune {
 
 using Address = uintptr_t;
 using MatrixArg = std::tuple<Address, int64_t, int>;
+using HeadsArg = std::tuple<Address, int64_t, int64_t, int64_t, int>;
+using DistancesArg = std::tuple<Address, int64_t, int64_t, int64_t>;
 using DropoutArg = std::optional<std::tuple<uint64_t, uint32_t, float>>;
 
 template <class T>
@@ -36,6 +39,11 @@ inline Matrix matrix(const MatrixArg& m) {
 
 inline MutMatrix mut_matrix(const MatrixArg& m) {
   return {pointer<void>(std::get<0>(m)), std::get<1>(m), dtype(std::get<2>(m))};
+}
+
+inline Heads heads(const HeadsArg& arg) {
+  const auto& [address, batch, head, token, code] = arg;
+  return {pointer<void>(address), batch, head, token, dtype(code)};
 }
 
 inline Dropout dropout_of(const DropoutArg& arg) {
@@ -60,6 +68,8 @@ void bind_blocks(pybind11::module_& m);
 void bind_multi_lora(pybind11::module_& m);
 // Adds those of AdaLoRA.
 void bind_adalora(pybind11::module_& m);
+// Adds attention with dropout.
+void bind_attention(pybind11::module_& m);
 // Adds those of attention to a prefix.
 void bind_prefix(pybind11::module_& m);
 // Adds the kernels of prompts.

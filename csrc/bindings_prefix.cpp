@@ -1,5 +1,4 @@
 // The part of fusetune._C that binds attention to a prefix. Conventions as in bindings.h, and
-//   Heads  (address, distances of batch rows, heads and tokens in elements, dtype)
 //   Prefix (sizes B, Hq, Hkv, T, D, G, P; query, key, value as Heads; bias: address and three distances; rows, lengths,
 //          scale, window, position, dropout)
 #include <array>
@@ -12,15 +11,8 @@ namespace fusetune {
 
 namespace {
 
-using HeadsArg = std::tuple<Address, int64_t, int64_t, int64_t, int>;
-using DistancesArg = std::tuple<Address, int64_t, int64_t, int64_t>;
 using PrefixArg = std::tuple<std::array<int64_t, 7>, HeadsArg, HeadsArg, HeadsArg, DistancesArg, Address, Address,
                              float, int64_t, int64_t, DropoutArg>;
-
-Heads heads(const HeadsArg& arg) {
-  const auto& [address, batch, head, token, code] = arg;
-  return {pointer<void>(address), batch, head, token, dtype(code)};
-}
 
 Prefix prefix_of(const PrefixArg& arg) {
   const auto& [sizes, query, key, value, bias, rows, lengths, scale, window, position, drop] = arg;

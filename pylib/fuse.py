@@ -10,7 +10,7 @@ import importlib
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,9 +34,12 @@ _LAYERS = {
     "peft_prompts": ("peft",),
     "peft_adalora": ("peft",),
     "peft_adalora_bnb": ("peft", "bitsandbytes"),
+    "transformers_dropout": ("transformers",),
     "transformers_mlp": ("transformers",),
     "transformers_norm": ("transformers",),
 }
+# Integrations that give a function to modules, whose classes stay: install, installed, restore.
+_FUNCTIONS = ("transformers", "transformers_dropout")
 # Methods that may lie in a module's instance -> the one of its class that they then are.
 _BOUND = {
     "forward": "forward",
@@ -45,15 +48,17 @@ _BOUND = {
 }
 
 
-def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
+def fuse(model: nn.Module, *, loss: bool = True, dropout: bool = True) -> FuseReport:
     """Fuses what can be fused of a model, in place, and reports on every layer concerned.
 
     Covers PEFT's LoRA, AdaLoRA and IA3 on dense and on bitsandbytes' 4-bit linear layers, LoRA on
     token embeddings, convolutions and transformers' experts, PEFT's prefix tuning, 4-bit layers
     without an adapter, the activation of transformers' gated MLPs, on CPUs their norms and the
     other linear layers that are frozen and fp32, and, with `loss`, transformers' language-model
-    losses. Call it once the adapters are in place; another call covers what was added since and
-    changes nothing else.
+    losses. With `dropout`, on CPUs, also the dropout that transformers' own modules have: its rates
+    stay, and torch.manual_seed fixes its masks, but they are not the ones that torch draws.
+    Call it once the adapters are in place; another call covers what was added since and changes
+    nothing else.
 
     A 4-bit weight that bitsandbytes has repacked for its CPU kernel gets its plain layout back.
     What a layer cannot do exactly runs its library's own code, and the report says why. Raises
@@ -63,11 +68,16 @@ def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
     with _undone_on_error(model) as undo:
         importlib.import_module("fusetune.integrations.linear").discover(model)
         if "transformers" in sys.modules:
-            for part in ("transformers_mlp", "transformers_norm"):
-                importlib.import_module(f"fusetune.integrations.{part}").discover(model)
+            for part in ("mlp", "norm", "dropout") if dropout else ("mlp", "norm"):
+                importlib.import_module(f"fusetune.integrations.transformers_{part}").discover(
+                    model
+                )
         swaps = _swaps()
+        if not dropout:
+            swaps.pop(nn.Dropout, None)
         restorable = {kind for kind in swaps.values() if hasattr(kind, "restore_layout")}
-        transformers = _transformers()
+        asked = zip(_FUNCTIONS, (loss, dropout), strict=True)
+        functions = _functions([name for name, wanted in asked if wanted])
         for module in model.modules():
             target = _target(module, swaps)
             if target is not None and not _has_own_forward(module):
@@ -78,8 +88,8 @@ def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
             if type(module) in restorable:
                 restored: Any = module
                 undo += restored.restore_layout()
-            if loss and transformers is not None:
-                transformers.install(module)
+            for part in functions:
+                part.install(module)
         if "peft" in sys.modules:
             importlib.import_module("fusetune.integrations._groups").link(model)
         return FuseReport(_rows(model), _looker(model))
@@ -88,22 +98,21 @@ def fuse(model: nn.Module, *, loss: bool = True) -> FuseReport:
 def unfuse(model: nn.Module) -> None:
     """Undoes `fuse`: every layer and loss is its library's again. Raises TypeError."""
     _check(model)
-    fused_classes = set(_swaps().values())
-    transformers = _transformers()
+    fused_classes, functions = set(_swaps().values()), _functions()
     for module in model.modules():
         kind: Any = type(module)
         if kind in fused_classes:
             _set_class(module, kind.stock_class)
-        if transformers is not None:
-            transformers.restore(module)
+        for part in functions:
+            part.restore(module)
 
 
 @contextmanager
-def fused(model: nn.Module, *, loss: bool = True) -> Iterator[FuseReport]:
+def fused(model: nn.Module, *, loss: bool = True, dropout: bool = True) -> Iterator[FuseReport]:
     """`fuse` for the length of a with block; what was fused before stays fused after it."""
     restore = _snapshot(model)
     try:
-        yield fuse(model, loss=loss)
+        yield fuse(model, loss=loss, dropout=dropout)
     finally:
         restore()
 
@@ -121,20 +130,21 @@ def _undone_on_error(model: nn.Module) -> Iterator[list[Callable[[], None]]]:
 
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:
-    """A function that gives every module of the model the class and the loss it has now."""
+    """A function that gives every module of the model the class and functions it has now."""
     _check(model)
-    transformers = _transformers()
     classes = [(module, type(module)) for module in model.modules()]
-    with_loss = {
-        id(m) for m, _ in classes if transformers is not None and transformers.installed(m)
-    }
+    functions = [
+        (part, {id(module) for module, _ in classes if part.installed(module)})
+        for part in _functions()
+    ]
 
     def restore() -> None:
         for module, kind in classes:
             if type(module) is not kind:
                 _set_class(module, kind)
-            if transformers is not None and id(module) not in with_loss:
-                transformers.restore(module)
+            for part, having in functions:
+                if id(module) not in having:
+                    part.restore(module)
 
     return restore
 
@@ -183,10 +193,11 @@ def _swaps() -> dict[type[nn.Module], type[Any]]:
     return swaps
 
 
-def _transformers() -> types.ModuleType | None:
+def _functions(names: Sequence[str] = _FUNCTIONS) -> list[types.ModuleType]:
+    """The integrations of these names, where transformers is in use."""
     if "transformers" not in sys.modules:
-        return None
-    return importlib.import_module("fusetune.integrations.transformers")
+        return []
+    return [importlib.import_module(f"fusetune.integrations.{name}") for name in names]
 
 
 def _own_adapter(name: str, module: nn.Module) -> Row | None:
@@ -233,9 +244,9 @@ def _rows(model: nn.Module) -> list[Row]:
         base = getattr(module, "base_layer", None)
         if row is not None and isinstance(base, nn.Module):
             inside.add(base)
-        transformers = _transformers()
-        if transformers is not None and transformers.installed(module):
-            rows.append(Row(name, transformers.METHOD, *transformers.fused_carrier(module)))
+        for part in _functions():
+            if part.installed(module):
+                rows.append(Row(name, part.METHOD, *part.fused_carrier(module)))
     return rows
 
 

@@ -23,7 +23,7 @@ def llama(layers=2, **options):
     return LlamaForCausalLM(config), token_inputs()
 
 
-def bert():
+def bert(**options):
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
@@ -33,13 +33,12 @@ def bert():
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **options},
     )
     return BertForMaskedLM(config), token_inputs()
 
 
-def gpt2():
+def gpt2(**options):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -48,11 +47,9 @@ def gpt2():
         n_layer=2,
         n_head=4,
         n_positions=64,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
         bos_token_id=0,
         eos_token_id=0,
+        **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **options},
     )
     return GPT2LMHeadModel(config), token_inputs()
 

@@ -155,6 +155,25 @@ struct PrefixGradients {
   float *dkey, *dvalue;
 };
 
+// Softmax attention of query [B, Hq, T, D] to key and value [B, Hkv, S, D], with dropout of its weights, a matrix
+// [B Hq T, S]. bias, or null: fp32, without gaps along S. causal: query i sees keys up to i.
+struct Attention {
+  int64_t batch, heads, kv_heads, tokens, keys, dim;
+  Heads query, key, value;
+  const float* bias;
+  int64_t bias_batch, bias_head, bias_token;
+  bool causal;
+  float scale;
+  Dropout dropout;
+};
+
+// From dout, out and its lse [B, Hq, T]; null where not needed.
+struct AttentionGradients {
+  Heads dout, out;
+  const float* lse;
+  Heads dquery, dkey, dvalue;
+};
+
 // Many small matrices, fp32 without gaps, and their moving averages. grads[i] null: those of i stay as they are. first:
 // where the scores of each begin.
 struct ImportanceMatrices {
@@ -246,6 +265,9 @@ struct Kernels {
   // its log-sum-exp into lse [B, Hq, T]. Where nothing is attended to out is 0 and lse infinite.
   void (*prefix_attend)(const Prefix& prefix, const Heads& out, const BaseLse& base_lse, float* lse);
   void (*prefix_attend_backward)(const Prefix& prefix, const PrefixGradients& given);
+  // out [B, Hq, T, D] and lse [B, Hq, T] of the weights before dropout. Where nothing is seen out is 0 and lse infinite.
+  void (*attention)(const Attention& a, const Heads& out, float* lse);
+  void (*attention_backward)(const Attention& a, const AttentionGradients& given);
   // y = f(gate) * up, all [M, N] and of one dtype; f: silu, gelu or gelu_new.
   void (*glu)(const Matrix& gate, const Matrix& up, int64_t m, int64_t n, Activation kind, const MutMatrix& y);
   // dgate and dup, null where not needed; either may be dy, gate or up itself.
@@ -262,7 +284,7 @@ struct Kernels {
   // rest2: 1 - beta1 and 1 - beta2.
   void (*importance)(const ImportanceMatrices& all, float beta1, float rest1, float beta2, float rest2, bool by_column,
                      float* scores);
-  // out [M, K] = x [M, K] with the dropout of `dropout` applied (for tests).
+  // out [M, K] = x [M, K] with the dropout of `dropout` applied; out may be x.
   void (*dropout)(const Matrix& x, int64_t m, int64_t k, const Dropout& dropout, const MutMatrix& out);
   // fp32 FMA peak of the calling core in GF/s, measured for about `seconds`: what benchmarks divide by.
   double (*fma_peak)(double seconds);

@@ -90,16 +90,5 @@ void lora_da(const Matrix& x, int64_t m, int64_t k, const float* ds, int64_t ran
   if (!direct) add_parts(parts, row_parts, rank, ld, k, 1.0f, dA);
 }
 
-void dropout(const Matrix& x, int64_t m, int64_t k, const Dropout& dropout, const MutMatrix& out) {
-  parallel_chunks(m, [&](int64_t row) {
-    alignas(64) float buffer[kDepth];
-    for (int64_t d = 0; d < k; d += kDepth) {
-      const int64_t n = least(kDepth, k - d);
-      load_row(x, row, d, n, dropout, k, buffer);
-      store_floats(buffer, out.data, out.dtype, row * out.ld + d, n);
-    }
-  });
-}
-
 }  // namespace FUSETUNE_ISA
 }  // namespace fusetune

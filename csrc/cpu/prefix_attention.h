@@ -10,15 +10,13 @@
 
 #include "../parallel.h"
 #include "dropout.h"
-#include "float_rows.h"
+#include "heads.h"
 #include "outer.h"
 #include "workspace.h"
 
 namespace fusetune::FUSETUNE_ISA {
 
 constexpr int64_t kQueries = 48;
-
-static inline int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // One head's [P, D] matrices and their transposes [D, P], padded with zeros; keys are multiplied by the scale.
 struct PackedPrefix {
@@ -40,39 +38,20 @@ static inline void drop_prefix_row(const Prefix& p, int64_t first, int64_t b, in
 static inline int64_t first_value(const Prefix& p) { return p.batch * p.count * p.kv_heads * p.dim; }
 
 // A head of a prefix as fp32 [P, padded(D)], with zeros up to whole vectors.
-static void pack_rows(const Prefix& p, const Heads& from, int64_t first, int64_t g, int64_t b, int64_t h, float factor,
-                      float* to) {
-  with_type(from.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for (int64_t j = 0; j < p.count; ++j, to += padded(p.dim)) {
-      const T* x = static_cast<const T*>(from.data) + g * from.batch + h * from.head + j * from.token;
-      int64_t d = 0;
-      for (; d + kLanes <= p.dim; d += kLanes) store(to + d, mul(load(x + d), set1(factor)));
-      if (d < p.dim) store(to + d, mul(load_part(x + d, static_cast<int>(p.dim - d)), set1(factor)));
-      drop_prefix_row(p, first, b, h, j, to);
-    }
-  });
-}
-
-// rows [P, padded(D)] -> [D, padded(P)]
-static inline void transpose_rows(const Prefix& p, const float* rows, float* to) {
-  const int64_t ld = padded(p.dim), to_ld = padded(p.count);
-  for (int64_t j = 0; j < p.count; j += kLanes) {
-    for (int64_t d = 0; d < p.dim; d += kLanes) {
-      F block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = j + i < p.count ? load(rows + (j + i) * ld + d) : zero();
-      transpose(block);
-      for (int i = 0; i < kLanes && d + i < p.dim; ++i) store(to + (d + i) * to_ld + j, block[i]);
-    }
-  }
+static inline void pack_head(const Prefix& p, const Heads& from, int64_t first, int64_t g, int64_t b, int64_t h,
+                             float factor, float* to) {
+  pack_rows(rows_of(from, g, h, 0), p.count, p.dim, factor, to);
+  if (!p.dropout.threshold) return;
+  for (int64_t j = 0; j < p.count; ++j) drop_prefix_row(p, first, b, h, j, to + j * padded(p.dim));
 }
 
 // Head h of prefix g, dropped out for batch row b. Only the backward pass needs the values' transpose.
 static inline void pack(const Prefix& p, int64_t g, int64_t b, int64_t h, bool backward, const PackedPrefix& to) {
-  pack_rows(p, p.key, 0, g, b, h, p.scale, to.key);
-  pack_rows(p, p.value, first_value(p), g, b, h, 1, to.value);
-  transpose_rows(p, to.key, to.key_t);
-  if (backward) transpose_rows(p, to.value, to.value_t);
+  pack_head(p, p.key, 0, g, b, h, p.scale, to.key);
+  pack_head(p, p.value, first_value(p), g, b, h, 1, to.value);
+  const int64_t ld = padded(p.dim);
+  transpose_rows({to.key, ld}, p.count, p.dim, 1, to.key_t);
+  if (backward) transpose_rows({to.value, ld}, p.count, p.dim, 1, to.value_t);
 }
 
 // All prefixes and heads, into `memory`; nothing where they are dropped out.
@@ -95,11 +74,8 @@ struct Block {
   int64_t begin, end;
   int64_t keys() const { return end - begin; }
   int64_t width() const { return whole_vectors(keys()); }
-  void* address(const Heads& x) const {
-    const int64_t size = x.dtype == Dtype::f32 ? 4 : 2;
-    return static_cast<char*>(x.data) + (b * x.batch + head * x.head + first * x.token) * size;
-  }
-  Matrix rows(const Heads& x) const { return {address(x), x.token, x.dtype}; }
+  void* address(const Heads& x) const { return address_of(x, b, head, first); }
+  Matrix rows(const Heads& x) const { return rows_of(x, b, head, first); }
 };
 
 // The first key that query i sees.

@@ -48,18 +48,6 @@ int64_t gradient_floats(const Prefix& p) { return 2 * p.count * padded(p.dim); }
 Gradient gradient_at(const Prefix& p, float* memory) { return {memory, memory + p.count * padded(p.dim)}; }
 
 template <class T>
-float dot(const float* x, const T* y, int64_t n) {
-  F sum = zero();
-  int64_t d = 0;
-  for (; d + kLanes <= n; d += kLanes) sum = fma(load(x + d), load(y + d), sum);
-  if (d < n) {
-    const int lanes = static_cast<int>(n - d);
-    sum = fma(load_part(x + d, lanes), load_part(y + d, lanes), sum);
-  }
-  return hsum(sum);
-}
-
-template <class T>
 void store_sum(const float* from, bool plus, int64_t n, T* to) {
   int64_t d = 0;
   for (; d + kLanes <= n; d += kLanes) store(to + d, plus ? add(load(to + d), load(from + d)) : load(from + d));

@@ -15,11 +15,13 @@ from fusetune.ops._registry import (
     use_backend,
 )
 from fusetune.ops.adapter_fusion import adapter_fusion
+from fusetune.ops.attention import attention
 from fusetune.ops.bottleneck import bottleneck
 from fusetune.ops.cross_entropy import cross_entropy
 from fusetune.ops.dequantize_4bit import dequantize_4bit
 from fusetune.ops.dora_linear import dora_linear
 from fusetune.ops.dora_norm import dora_norm
+from fusetune.ops.dropout import dropout
 from fusetune.ops.glu import glu
 from fusetune.ops.ia3_linear import ia3_linear
 from fusetune.ops.importance import importance
@@ -43,6 +45,7 @@ __all__ = [
     "Case",
     "LoraProjection",
     "adapter_fusion",
+    "attention",
     "backend",
     "bottleneck",
     "cross_entropy",
@@ -50,6 +53,7 @@ __all__ = [
     "dequantize_4bit",
     "dora_linear",
     "dora_norm",
+    "dropout",
     "empty_cache",
     "extend_labels",
     "extend_mask",

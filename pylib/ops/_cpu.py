@@ -83,6 +83,23 @@ def matrix(rows: torch.Tensor) -> tuple[int, int, int]:
     return rows.data_ptr(), rows.stride(0), DTYPE_CODES[rows.dtype]
 
 
+def address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def heads(x: torch.Tensor | None) -> tuple[int, int, int, int, int]:
+    """(address, distances of batch rows, heads and tokens, dtype) of x [B, H, T, D]."""
+    if x is None:
+        return (0, 0, 0, 0, 0)
+    batch, head, token, _ = x.stride()
+    return x.data_ptr(), batch, head, token, DTYPE_CODES[x.dtype]
+
+
+def distances(x: torch.Tensor | None) -> tuple[int, ...]:
+    """(address, distances in the first three dimensions) of an fp32 x [B, H, T] or [B, H, T, S]."""
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+
+
 def weight_4bit(w: QuantizedWeight) -> tuple[Any, ...]:
     """The kernels' description of a 4-bit weight; made once and kept with it."""
     known: tuple[Any, ...] | None = w.__dict__.get("_native")

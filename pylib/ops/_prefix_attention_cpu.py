@@ -11,19 +11,6 @@ from fusetune.ops._registry import Impl
 from fusetune.reference.prefix_attention import Options
 
 Tensor = torch.Tensor
-_NONE = (0, 0, 0, 0, 0)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _heads(x: Tensor | None) -> tuple[int, int, int, int, int]:
-    """The kernels' description of x [B, H, T, D]."""
-    if x is None:
-        return _NONE
-    batch, heads, tokens, _ = x.stride()
-    return x.data_ptr(), batch, heads, tokens, _cpu.DTYPE_CODES[x.dtype]
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -37,11 +24,6 @@ def _expanded(bias: Tensor | None, batch: int, heads: int) -> Tensor | None:
     bias = bias.detach().resolve_neg().float()
     bias = bias if bias.stride(-1) == 1 else bias.contiguous()
     return bias.expand(batch, heads, -1, -1)
-
-
-def _distances(x: Tensor | None) -> tuple[int, ...]:
-    """The kernels' description of an fp32 x [B, H, T] or [B, H, T, P]."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
 
 
 def _native(options: Options, query: Tensor) -> Options:
@@ -64,12 +46,12 @@ def _prefix(
     groups, count, kv_heads, _ = prefix_key.shape
     return (
         (batch, heads, kv_heads, tokens, dim, groups, count),
-        _heads(query),
-        _heads(prefix_key.transpose(1, 2)),
-        _heads(prefix_value.transpose(1, 2)),
-        _distances(options.bias),
-        _address(options.rows),
-        _address(options.lengths),
+        _cpu.heads(query),
+        _cpu.heads(prefix_key.transpose(1, 2)),
+        _cpu.heads(prefix_value.transpose(1, 2)),
+        _cpu.distances(options.bias),
+        _cpu.address(options.rows),
+        _cpu.address(options.lengths),
         options.scale,
         options.window,
         options.position,
@@ -88,7 +70,9 @@ def _forward(
     options = _native(options, query)
     lse = _cpu.empty(*query.shape[:3], dtype=torch.float32)
     prefix = _prefix(query, prefix_key, prefix_value, options)
-    _cpu.kernels().prefix_attend(prefix, _heads(base_out), _distances(base_lse), lse.data_ptr())
+    _cpu.kernels().prefix_attend(
+        prefix, _cpu.heads(base_out), _cpu.distances(base_lse), lse.data_ptr()
+    )
     return base_out, lse
 
 
@@ -116,8 +100,8 @@ def _backward(
     dvalue = _cpu.empty(*shape, dtype=torch.float32) if need_dprefix else None
     prefix = _prefix(query, prefix_key, prefix_value, options)
     _cpu.kernels().prefix_attend_backward(
-        *(prefix, _heads(dout), _heads(out), lse.data_ptr()),
-        *(_heads(dquery), add, _address(dkey), _address(dvalue)),
+        *(prefix, _cpu.heads(dout), _cpu.heads(out), lse.data_ptr()),
+        *(_cpu.heads(dquery), add, _cpu.address(dkey), _cpu.address(dvalue)),
     )
     if dkey is not None and dvalue is not None:
         dkey, dvalue = dkey.to(prefix_key.dtype), dvalue.to(prefix_value.dtype)

@@ -11,6 +11,13 @@ import math
 import torch
 
 from fusetune.ops import _check
+from fusetune.ops._attention_arguments import (
+    check_broadcast,
+    check_device,
+    check_mask,
+    check_no_gradient,
+    check_tokens,
+)
 from fusetune.ops._prefix_attention import Given, attention
 from fusetune.reference.dropout import new_seed
 
@@ -56,7 +63,7 @@ def prefix_attention(
     value and the prefix. Raises TypeError or ValueError, naming the argument, for shapes, dtypes,
     devices or values that do not fit. Definition: reference/prefix_attention.py.
     """
-    _check_tokens(query, key, value)
+    check_tokens(query, key, value)
     if isinstance(prefix_key, Tensor) and prefix_key.dim() == 3:
         prefix_key = prefix_key.unsqueeze(0)
     if isinstance(prefix_value, Tensor) and prefix_value.dim() == 3:
@@ -84,30 +91,6 @@ def prefix_attention(
 # --- arguments ---- -------------------------------------------------------------------------------
 
 
-def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
-    if tensor.device != query.device:
-        raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move one")
-
-
-def _check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
-    _check.check_float("query", query)
-    if query.dim() != 4 or query.shape[-1] == 0:
-        raise ValueError(f"query must have shape [B, Hq, T, D] with D > 0, got {list(query.shape)}")
-    batch, heads, _, dim = query.shape
-    for name, tensor in (("key", key), ("value", value)):
-        _check.check_float(name, tensor)
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} must be {query.dtype} as query is, got {tensor.dtype}")
-        _check_device(name, tensor, query)
-    if key.dim() != 4 or key.shape[0] != batch or key.shape[3] != dim:
-        raise ValueError(f"key must have shape [{batch}, Hkv, S, {dim}], got {list(key.shape)}")
-    if not key.shape[1] or heads % key.shape[1]:
-        raise ValueError(
-            f"query's heads must be a multiple of key's, got {heads} and {key.shape[1]}"
-        )
-    _check.check_shape("value", value, tuple(key.shape))
-
-
 def _check_prefix(query: Tensor, key: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> None:
     for name, tensor in (("prefix_key", prefix_key), ("prefix_value", prefix_value)):
         _check.check_float(name, tensor)
@@ -116,7 +99,7 @@ def _check_prefix(query: Tensor, key: Tensor, prefix_key: Tensor, prefix_value: 
         ):
             wider = "" if query.dtype == torch.float64 else " or float32"
             raise TypeError(f"{name} must be {query.dtype} as query is{wider}, got {tensor.dtype}")
-        _check_device(name, tensor, query)
+        check_device(name, tensor, query)
     heads, dim = key.shape[1], key.shape[3]
     shape = tuple(prefix_key.shape)
     if len(shape) != 4 or shape[2:] != (heads, dim) or not shape[0]:
@@ -140,40 +123,18 @@ def _check_masks(
     is_causal: bool,
     prefix_bias: Tensor | None,
 ) -> None:
-    if attn_mask is not None:
-        if is_causal:
-            raise ValueError("attn_mask and is_causal cannot both be given")
-        if not isinstance(attn_mask, Tensor) or attn_mask.dtype != torch.bool:
-            _check.check_float("attn_mask", attn_mask)
-        _check_device("attn_mask", attn_mask, query)
-        _check_no_gradient("attn_mask", attn_mask)
-        _check_broadcast("attn_mask", attn_mask, (*query.shape[:3], key.shape[2]))
+    check_mask(query, key, attn_mask, is_causal)
     if prefix_bias is not None:
         _check.check_float("prefix_bias", prefix_bias)
-        _check_device("prefix_bias", prefix_bias, query)
-        _check_no_gradient("prefix_bias", prefix_bias)
-        _check_broadcast("prefix_bias", prefix_bias, (*query.shape[:3], prefix_key.shape[1]))
+        check_device("prefix_bias", prefix_bias, query)
+        check_no_gradient("prefix_bias", prefix_bias)
+        check_broadcast("prefix_bias", prefix_bias, (*query.shape[:3], prefix_key.shape[1]))
         if prefix_bias.dim() != 4 or prefix_bias.shape[2:] != (query.shape[2], prefix_key.shape[1]):
             shape = [query.shape[2], prefix_key.shape[1]]
             raise ValueError(
                 f"prefix_bias must have shape [1 or B, 1 or Hq, {shape[0]}, {shape[1]}], got "
                 f"{list(prefix_bias.shape)}"
             )
-
-
-def _check_no_gradient(name: str, tensor: Tensor) -> None:
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} must not require a gradient, which is not computed: detach it, or join keys, "
-            "values and bias for scaled_dot_product_attention"
-        )
-
-
-def _check_broadcast(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    given = tuple(tensor.shape)
-    matched = zip(reversed(given), reversed(shape), strict=False)
-    if len(given) > 4 or any(size not in (1, wanted) for size, wanted in matched):
-        raise ValueError(f"{name} must broadcast to {list(shape)}, got {list(given)}")
 
 
 def _check_choice(
@@ -190,7 +151,7 @@ def _check_choice(
         if tensor.dtype != torch.int64:
             raise TypeError(f"{name} must be int64, got {tensor.dtype}")
         _check.check_shape(name, tensor, (size,))
-        _check_device(name, tensor, query)
+        check_device(name, tensor, query)
     _check_range("rows", rows, -1, groups - 1)
     _check_range("lengths", lengths, 0, count)
 

@@ -16,6 +16,7 @@ COUNTED = (
     "rms_norm",
     "cross_entropy",
     "dora_linear",
+    "dropout",
     "glu",
     "ia3_linear",
     "importance",

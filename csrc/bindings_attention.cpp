@@ -1,0 +1,46 @@
+// The part of fusetune._C that binds attention with dropout. Conventions as in bindings.h, and
+//   Attention (sizes B, Hq, Hkv, T, S, D; query, key, value as Heads; bias: address and three distances; causal, scale,
+//             dropout)
+#include <array>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace fusetune {
+
+namespace {
+
+using AttentionArg =
+    std::tuple<std::array<int64_t, 6>, HeadsArg, HeadsArg, HeadsArg, DistancesArg, bool, float, DropoutArg>;
+
+Attention attention_of(const AttentionArg& arg) {
+  const auto& [sizes, query, key, value, bias, causal, scale, drop] = arg;
+  const auto& [batch, query_heads, kv_heads, tokens, keys, dim] = sizes;
+  const auto& [address, bias_batch, bias_head, bias_token] = bias;
+  return {batch, query_heads, kv_heads, tokens, keys, dim, heads(query), heads(key), heads(value),
+          pointer<float>(address), bias_batch, bias_head, bias_token, causal, scale, dropout_of(drop)};
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+  m.def("attention", [](const AttentionArg& arg, const HeadsArg& out, Address lse) {
+    const auto run = built(kernels().attention, "attention");
+    const Attention attention = attention_of(arg);
+    const Heads to = heads(out);
+    py::gil_scoped_release no_gil;
+    run(attention, to, pointer<float>(lse));
+  });
+  m.def("attention_backward", [](const AttentionArg& arg, const HeadsArg& dout, const HeadsArg& out, Address lse,
+                                 const HeadsArg& dquery, const HeadsArg& dkey, const HeadsArg& dvalue) {
+    const auto run = built(kernels().attention_backward, "attention_backward");
+    const Attention attention = attention_of(arg);
+    const AttentionGradients given = {heads(dout),  heads(out),  pointer<float>(lse),
+                                      heads(dquery), heads(dkey), heads(dvalue)};
+    py::gil_scoped_release no_gil;
+    run(attention, given);
+  });
+}
+
+}  // namespace fusetune
