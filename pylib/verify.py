@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from fusetune import _native, ops
-from fusetune.bench import cases as make
 from fusetune.bench import (
+    attention_cases,
     glu_cases,
     gpu_cases,
     group_cases,
@@ -29,6 +29,7 @@ from fusetune.bench import (
     prefix_cases,
     prompt_cases,
 )
+from fusetune.bench import cases as make
 from fusetune.bench.bottleneck_cases import bottleneck
 from fusetune.bench.dora_cases import dora_linear
 from fusetune.bench.fusion_cases import adapter_fusion
@@ -132,6 +133,7 @@ def small_cases() -> Iterator[Case]:
         yield make.quantize_4bit(N, K, dtype)
         yield make.dequantize_4bit(N, K, dtype, double_quant=True)
         yield make.cross_entropy(M, N, dtype)
+        yield from attention_cases.small_cases(dtype)
         yield from glu_cases.small_cases(M, N, dtype)
         yield bias_gradient(2 * M, N, dtype)
         yield importance([(5, K), (6, N)], 1, dtype)

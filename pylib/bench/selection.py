@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from .attention_cases import attention_cases, dropout_cases
 from .bottleneck_cases import bottleneck_cases
 from .cases import (
     cross_entropy,
@@ -105,6 +106,8 @@ OPS: dict[str, Callable[[bool, int, int], Iterator[Case]]] = {
     "cross_entropy": cross_entropy_cases,
     "bottleneck": bottleneck_cases,
     "adapter_fusion": adapter_fusion_cases,
+    "attention": attention_cases,
+    "dropout": dropout_cases,
     "prefix_attention": prefix_attention_cases,
     "prompt_embed": prompt_embed_cases,
     "swiglu": swiglu_cases,

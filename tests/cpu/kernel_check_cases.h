@@ -238,6 +238,7 @@ LoraResults check_lora(const Kernels& kernels) {
 #include "kernel_check_cross_entropy.h"
 #include "kernel_check_multi_lora.h"
 #include "kernel_check_importance.h"
+#include "kernel_check_attention.h"
 #include "kernel_check_prefix.h"
 #include "kernel_check_prompt.h"
 #include "kernel_check_glu.h"
@@ -254,6 +255,7 @@ int check_table(const Kernels& kernels) {
   report(check_multi_lora(kernels).named());
   report("dora_norm", check_dora_norm(kernels));
   report(check_cross_entropy(kernels).named());
+  report(check_attention(kernels).named());
   report(check_prefix(kernels).named());
   report(check_prompt(kernels).named());
   report(check_bottleneck(kernels).named());

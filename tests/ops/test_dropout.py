@@ -1,12 +1,14 @@
 """The counter-based dropout: the generator, the statistics, and the kernels."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from backends import simulated
+from torch.utils.checkpoint import checkpoint
 
-from fusetune import _native
+from fusetune import _native, ops
 from fusetune.ops import _cpu, _triton
 from fusetune.reference import dropout as reference
 
@@ -114,3 +116,85 @@ def test_triton_kernel_is_the_reference(shape, seed, p, dtype, arch):
     narrow, eps32 = torch.finfo(dtype), torch.finfo(torch.float32).eps
     size = exact.abs().clamp(min=narrow.smallest_normal)
     assert ((rest.double() - exact).abs() <= (narrow.eps + eps32) / 2 * size * (1 + 2**-10)).all()
+
+
+# --- the op ---------------------------------------------------------------------------------------
+
+
+def seeded(function):
+    torch.manual_seed(11)
+    return function()
+
+
+def written_out(x, p):
+    """From the next seed of torch's generator."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return reference.dropout(rows, p, reference.new_seed(x.device))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 130), (0, 4), (4, 0), (2, 4099)])
+@pytest.mark.parametrize("p", [0.05, 0.5, 1.0])
+def test_op_and_its_gradient(shape, p, dtype):
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    upper = torch.randn(shape).to(dtype)
+    y = seeded(lambda: ops.dropout(x, p))
+    assert torch.equal(y, seeded(lambda: written_out(x, p)).view(shape))
+    (gradient,) = torch.autograd.grad(y, x, upper)
+    assert torch.equal(gradient, seeded(lambda: written_out(upper, p)).view(shape))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every other", "expanded"])
+def test_op_of_any_strides(layout):
+    x = {
+        "transposed": torch.randn(8, 6).T,
+        "every other": torch.randn(6, 16)[:, ::2],
+        "expanded": torch.randn(1, 8).expand(6, 8),
+    }[layout]
+    assert torch.equal(seeded(lambda: ops.dropout(x, 0.4)), seeded(lambda: written_out(x, 0.4)))
+
+
+def test_op_without_dropout_is_the_identity():
+    x = torch.randn(3, 4)
+    state = torch.get_rng_state()
+    assert ops.dropout(x, 0.0) is x
+    assert ops.dropout(x, 0.7, training=False) is x
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_op_under_checkpoints():
+    x = torch.randn(5, 8)
+
+    def function(x):
+        return ops.dropout(x, 0.5).square()
+
+    def gradient(run):
+        leaf = x.detach().requires_grad_()
+        seeded(lambda: run(leaf)).sum().backward()
+        return leaf.grad
+
+    want = gradient(function)
+    for reentrant in (False, True):
+        got = gradient(partial(checkpoint, function, use_reentrant=reentrant))
+        assert torch.equal(got, want)
+
+
+def test_opcheck_and_compiling():
+    x = torch.randn(3, 5, requires_grad=True)
+    torch.library.opcheck(torch.ops.fusetune.dropout.default, (x, 0.3, seed_of(4)))
+    compiled = torch.compile(ops.dropout, fullgraph=True, backend="aot_eager")
+    assert torch.equal(seeded(lambda: compiled(x, 0.3)), seeded(lambda: ops.dropout(x, 0.3)))
+
+
+@pytest.mark.parametrize(
+    ("x", "p", "error", "message"),
+    [
+        (torch.ones(3, dtype=torch.int64), 0.1, TypeError, "x must be float16"),
+        ([1.0], 0.1, TypeError, "x must be a tensor, got list"),
+        (torch.ones(3), -0.1, ValueError, "p must be from 0 to 1, got -0.1"),
+        (torch.ones(3), float("nan"), ValueError, "p must be from 0 to 1, got nan"),
+    ],
+)
+def test_bad_arguments(x, p, error, message):
+    with pytest.raises(error, match=message):
+        ops.dropout(x, p)
