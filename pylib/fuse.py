@@ -6,11 +6,12 @@ parameters and every reference to it stay, so optimisers, state dicts and PEFT n
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +40,7 @@ _LAYERS = {
     "transformers_norm": ("transformers",),
 }
 # Integrations that give a function to modules, whose classes stay: install, installed, restore.
-_FUNCTIONS = ("transformers", "transformers_dropout")
+_FUNCTIONS = ("transformers", "transformers_attention")
 # Methods that may lie in a module's instance -> the one of its class that they then are.
 _BOUND = {
     "forward": "forward",
@@ -53,10 +54,10 @@ def fuse(model: nn.Module, *, loss: bool = True, dropout: bool = True) -> FuseRe
 
     Covers PEFT's LoRA, AdaLoRA and IA3 on dense and on bitsandbytes' 4-bit linear layers, LoRA on
     token embeddings, convolutions and transformers' experts, PEFT's prefix tuning, 4-bit layers
-    without an adapter, the activation of transformers' gated MLPs, on CPUs their norms and the
-    other linear layers that are frozen and fp32, and, with `loss`, transformers' language-model
-    losses. With `dropout`, on CPUs, also the dropout that transformers' own modules have: its rates
-    stay, and torch.manual_seed fixes its masks, but they are not the ones that torch draws.
+    without an adapter, the activation of transformers' gated MLPs and, with `loss`, its
+    language-model losses; on CPUs its norms, its sdpa attention and the linear layers that are
+    frozen and fp32. With `dropout`, on CPUs, also the dropout that transformers' own modules have:
+    its rates stay, and torch.manual_seed fixes its masks, but they are not those that torch draws.
     Call it once the adapters are in place; another call covers what was added since and changes
     nothing else.
 
@@ -76,8 +77,7 @@ def fuse(model: nn.Module, *, loss: bool = True, dropout: bool = True) -> FuseRe
         if not dropout:
             swaps.pop(nn.Dropout, None)
         restorable = {kind for kind in swaps.values() if hasattr(kind, "restore_layout")}
-        asked = zip(_FUNCTIONS, (loss, dropout), strict=True)
-        functions = _functions([name for name, wanted in asked if wanted])
+        installs = _installs(loss, dropout)
         for module in model.modules():
             target = _target(module, swaps)
             if target is not None and not _has_own_forward(module):
@@ -88,8 +88,8 @@ def fuse(model: nn.Module, *, loss: bool = True, dropout: bool = True) -> FuseRe
             if type(module) in restorable:
                 restored: Any = module
                 undo += restored.restore_layout()
-            for part in functions:
-                part.install(module)
+            for install in installs:
+                install(module)
         if "peft" in sys.modules:
             importlib.import_module("fusetune.integrations._groups").link(model)
         return FuseReport(_rows(model), _looker(model))
@@ -193,11 +193,19 @@ def _swaps() -> dict[type[nn.Module], type[Any]]:
     return swaps
 
 
-def _functions(names: Sequence[str] = _FUNCTIONS) -> list[types.ModuleType]:
-    """The integrations of these names, where transformers is in use."""
+def _functions() -> list[types.ModuleType]:
+    """The integrations of _FUNCTIONS, where transformers is in use."""
     if "transformers" not in sys.modules:
         return []
-    return [importlib.import_module(f"fusetune.integrations.{name}") for name in names]
+    return [importlib.import_module(f"fusetune.integrations.{name}") for name in _FUNCTIONS]
+
+
+def _installs(loss: bool, dropout: bool) -> list[Callable[[nn.Module], bool]]:
+    """What gives functions to modules."""
+    if not (parts := _functions()):
+        return []
+    attention = functools.partial(parts[1].install, dropout=dropout)
+    return [parts[0].install, attention] if loss else [attention]
 
 
 def _own_adapter(name: str, module: nn.Module) -> Row | None:

@@ -54,8 +54,9 @@ def test_every_method(folders, tmp_path, monkeypatch, capsys):
         assert row["calls"]["stock"]["kernels"] == 0, name
         for kind in ("stock", "fused"):
             assert row["step_s"][kind] > 0
-            bare = found["bare"][row["model"]]
-            assert row["calls"][kind]["forward"] >= bare["forward"] - 1 > 0  # gate and up: one call
+            assert row["calls"][kind]["forward"] > 0
+        bare = found["bare"][row["model"]]
+        assert row["calls"]["stock"]["forward"] >= bare["forward"] > 0
     assert rows["LoRA"]["calls"]["fused"]["kernels"] >= 7 * 2  # linear layers, both ways
     assert picture.stat().st_size > 10_000
     monkeypatch.setattr(readme, "METHODS", path)

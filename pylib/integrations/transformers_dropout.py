@@ -1,9 +1,9 @@
-"""Fused dropout of transformers' own models, on CPUs: by class swap, and in the attention.
+"""Fused dropout of transformers' own models, on CPUs, by class swap.
 
 PyTorch draws a mask element by element on one thread, and keeps it. Here it is a function of a seed
 (reference/dropout.py), as it is in LoRA's layers. Modules of torch's Dropout are swapped where they
-lie in a module of transformers; the attention's weights are nn/dropout_attention.py's matter.
-Elsewhere than on a CPU they are none of ours, and the report does not mention them.
+lie in a module of transformers. Elsewhere than on a CPU they are none of ours, and the report does
+not mention them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from torch import nn
 
 from fusetune import ops
 from fusetune.integrations._guards import KERNEL_DTYPES, call_reason, carrier, no_kernel
-from fusetune.nn import dropout_attention
+from fusetune.nn import fused_sdpa
 
-METHOD = "attention dropout"
 _ours: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the modules that were met
-dropout_attention.register()  # a model that was fused elsewhere has its name
 
 
 class FusedDropout(nn.Dropout):
@@ -68,7 +66,7 @@ def discover(model: nn.Module) -> None:
             continue
         path, _, own = name.removesuffix(".base_layer").rpartition(".")
         parent = model.get_submodule(path)
-        if _is_transformers(parent) and own != dropout_attention.holder(parent):
+        if _is_transformers(parent) and own != fused_sdpa.holder(parent):
             _ours.add(module)
 
 
@@ -78,31 +76,3 @@ def _is_transformers(module: nn.Module) -> bool:
 
 def _on_cpu(model: nn.Module) -> bool:
     return all(parameter.device.type == "cpu" for parameter in model.parameters())
-
-
-# --- the attention's weights ----------------------------------------------------------------------
-
-
-def install(module: nn.Module) -> bool:
-    """Gives an attention module the fused function; False where it is none of ours."""
-    if dropout_attention.holder(module) and _on_cpu(module):
-        dropout_attention.switch(module)
-    return installed(module)
-
-
-def installed(module: nn.Module) -> bool:
-    """Whether an attention module that drops weights has the fused function."""
-    name = dropout_attention.name_of(module)
-    return name == dropout_attention.NAME and dropout_attention.holder(module) is not None
-
-
-def fused_carrier(module: nn.Module) -> tuple[str, str | None]:
-    """(backend, reason against it) of an attention module."""
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    return carrier("attention", "cpu", dtype)
-
-
-def restore(module: nn.Module) -> None:
-    """Gives an attention module the stock function back."""
-    if installed(module):
-        dropout_attention.switch_back(module)

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from fusetune.nn._prefix_joined import joined, prefix_bias
 from fusetune.nn._prefix_layout import Stack
 from fusetune.nn._prefix_stack import KEYWORD, PLACE, Call
-from fusetune.nn.dropout_attention import NAME, STOCK
+from fusetune.nn.fused_sdpa import NAME, STOCK
 from fusetune.ops._registry import OPS, backend
 from fusetune.ops.prefix_attention import prefix_attention
 
@@ -35,7 +35,7 @@ def switch(stack: Stack) -> None:
 
     for config in _configs(stack.module):
         stock = config._attn_implementation or "eager"
-        stock = STOCK if stock == NAME else stock  # dropped weights are not joined by a prefix
+        stock = STOCK if stock == NAME else stock  # it knows no prefixes
         if stock.startswith(_NAME):
             continue
         name = _NAME + stock

@@ -11,7 +11,7 @@ from torch import nn
 
 import fusetune
 from fusetune.integrations.transformers_dropout import FusedDropout
-from fusetune.nn import dropout_attention
+from fusetune.nn import fused_sdpa
 from fusetune.reference.dropout import keep_mask, new_seed
 
 RATE = 0.3
@@ -35,7 +35,7 @@ def padded():
 
 
 def methods(report):
-    return {row.method for row in report.rows if "dropout" in row.method and row.fused}
+    return {row.method for row in report.rows if row.method in ("dropout", "attention")}
 
 
 class SameMask(nn.Dropout):
@@ -92,8 +92,8 @@ def test_step_with_the_same_masks(make, inputs, calls):
     fused.load_state_dict(stock.state_dict())
     want = with_same_masks(stock)
     report = fusetune.fuse(fused)
-    assert methods(report) == {"dropout", "attention dropout"}
-    assert all(row.fused for row in report.rows if "dropout" in row.method), report
+    assert methods(report) == {"dropout", "attention"}
+    assert all(row.fused for row in report.rows), report
     exact = step(copy.deepcopy(want).double(), inputs)
     assert_near(step(fused, inputs), step(want, inputs), exact)
     assert calls.count("dropout") == sum(isinstance(m, SameMask) for m in unheld(want))
@@ -102,9 +102,9 @@ def test_step_with_the_same_masks(make, inputs, calls):
 def unheld(model):
     """Modules that are called: not those that hold an attention's rate."""
     names = {
-        f"{name}.{dropout_attention.holder(module)}"
+        f"{name}.{fused_sdpa.holder(module)}"
         for name, module in model.named_modules()
-        if dropout_attention.holder(module)
+        if fused_sdpa.holder(module)
     }
     return [module for name, module in model.named_modules() if name not in names]
 
@@ -142,13 +142,12 @@ def test_not_without_being_asked():
     want = stock(**inputs).logits
     torch.manual_seed(7)
     torch.testing.assert_close(model(**inputs).logits, want)
-    assert methods(fusetune.fuse(model)) == {"dropout", "attention dropout"}
+    assert methods(fusetune.fuse(model)) == {"dropout", "attention"}
 
 
 def test_only_what_is_dropped_is_reported():
-    assert not methods(fusetune.fuse(bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0)))
-    assert methods(fusetune.fuse(bert(attention_probs_dropout_prob=0.0))) == {"dropout"}
-    assert methods(fusetune.fuse(bert(hidden_dropout_prob=0.0))) == {"attention dropout"}
+    assert methods(fusetune.fuse(bert())) == {"dropout", "attention"}
+    assert methods(fusetune.fuse(bert(hidden_dropout_prob=0.0))) == {"attention"}
 
 
 def test_dropouts_of_others_stay():
@@ -172,7 +171,7 @@ def test_unfuse_copies_and_pickles():
     assert model.config._attn_implementation == name
     assert not any(isinstance(module, FusedDropout) for module in model.modules())
     with fusetune.fused(model):
-        assert model.config._attn_implementation == dropout_attention.NAME
+        assert model.config._attn_implementation == fused_sdpa.NAME
     assert model.config._attn_implementation == name
 
 
@@ -181,7 +180,7 @@ def test_another_attention_function_is_left_alone():
     model.set_attn_implementation("eager")
     assert methods(fusetune.fuse(model)) == {"dropout"}
     model.set_attn_implementation("sdpa")
-    assert methods(fusetune.fuse(model)) == {"dropout", "attention dropout"}
+    assert methods(fusetune.fuse(model)) == {"dropout", "attention"}
     model.set_attn_implementation("eager")
     assert step(model, padded())["loss"].isfinite()
 
@@ -216,12 +215,12 @@ def test_a_prefix_takes_the_attention_over():
 
     base, inputs = tiny_models.gpt2(**GPT2)
     fusetune.fuse(base)
-    assert base.config._attn_implementation == dropout_attention.NAME
+    assert base.config._attn_implementation == fused_sdpa.NAME
     config = PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     report = fusetune.fuse(model)
     assert base.config._attn_implementation == "prefix_sdpa"
-    assert "attention dropout" not in methods(report)
+    assert "attention" not in methods(report)
     assert step(model, inputs)["loss"].isfinite()
     fusetune.unfuse(model)
     assert base.config._attn_implementation == "sdpa"

@@ -1,8 +1,7 @@
-"""transformers' sdpa attention with ops.attention where its weights are dropped out.
+"""transformers' sdpa attention by ops.attention, on CPUs.
 
 Registered under a name of its own beside "sdpa", with sdpa's masks; `switch` changes the name in a
-model's configuration. A call that drops no weights, or that the op cannot carry out exactly, is the
-stock function's.
+model's configuration. What the op cannot carry out exactly, or no faster, is the stock function's.
 """
 
 from __future__ import annotations
@@ -15,14 +14,21 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from fusetune.ops._base_attention_cpu import MOST_KEYS
 from fusetune.ops._registry import OPS, backend
 from fusetune.ops.attention import attention
 
 Tensor = torch.Tensor
-NAME, STOCK = "dropout_sdpa", "sdpa"
+NAME, STOCK = "fused_sdpa", "sdpa"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _RATES = ("attention_dropout", "attn_dropout", "dropout", "dropout_prob")
 _OTHERS = ("softcap", "s_aux", "cache", "position_bias")  # arguments that are not the op's
+
+
+def looks_up(module: nn.Module) -> bool:
+    """Whether a module is one of attention that takes its function from transformers' interface."""
+    kind: Any = type(module)
+    return _looks_up(kind)
 
 
 def holder(module: nn.Module) -> str | None:
@@ -30,7 +36,7 @@ def holder(module: nn.Module) -> str | None:
 
     A number, or a module of torch's Dropout that is never called.
     """
-    if not _looks_up(type(module)):
+    if not looks_up(module):
         return None
     return next((name for name in _RATES if _rate(getattr(module, name, None)) > 0), None)
 
@@ -88,7 +94,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """As transformers' sdpa_attention_forward: out [B, T, H, D], None."""
-    if not dropout or not _fusable(query, key, value, attention_mask, kwargs):
+    if not _fusable(query, key, value, attention_mask, dropout, kwargs):
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         stock: Any = ALL_ATTENTION_FUNCTIONS[STOCK]
@@ -118,9 +124,14 @@ def _attention(
 
 
 def _fusable(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    kwargs: dict[str, Any],
 ) -> bool:
-    """Whether the op does all that the call asks for."""
+    """Whether the op does all that the call asks for, and faster."""
     plain = all(type(t) in (Tensor, nn.Parameter) for t in (query, key, value))
     if not plain or query.device.type != "cpu" or torch.compiler.is_compiling():
         return False
@@ -132,6 +143,10 @@ def _fusable(
     if not autocast and not query.dtype == key.dtype == value.dtype:
         return False
     dtype = torch.get_autocast_dtype("cpu") if autocast else query.dtype
+    # Without dropout torch has a fused kernel, which in 16 bits may use the CPU's units for them.
+    alone = dtype == torch.float32 and query.shape[2] > 1 and key.shape[2] <= MOST_KEYS
+    if not dropout and not alone:
+        return False
     if (
         torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None

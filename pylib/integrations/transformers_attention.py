@@ -1,0 +1,46 @@
+"""Fused sdpa attention of transformers' models, on CPUs: with dropout of its weights, and without.
+
+The function is nn/fused_sdpa.py's. Where a model has another attention function, or lies elsewhere
+than on a CPU, its attention is none of ours, and the report does not mention it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fusetune.integrations._guards import carrier
+from fusetune.nn import fused_sdpa
+
+METHOD = "attention"
+fused_sdpa.register()  # a model that was fused elsewhere has its name
+
+
+def install(module: nn.Module, *, dropout: bool = True) -> bool:
+    """Gives an attention module the fused function; False where it is none of ours.
+
+    dropout: also where it drops weights, with masks of its own.
+    """
+    on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
+    if fused_sdpa.looks_up(module) and on_cpu and (dropout or fused_sdpa.holder(module) is None):
+        fused_sdpa.switch(module)
+    return installed(module)
+
+
+def installed(module: nn.Module) -> bool:
+    """Whether an attention module has the fused function."""
+    return fused_sdpa.looks_up(module) and fused_sdpa.name_of(module) == fused_sdpa.NAME
+
+
+def fused_carrier(module: nn.Module) -> tuple[str, str | None]:
+    """(backend, reason against it) of an attention module."""
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    if dtype != torch.float32 and fused_sdpa.holder(module) is None:
+        return "-", f"torch's kernel for {dtype}: ours is for fp32 where no weights are dropped"
+    return carrier("attention", "cpu", dtype)
+
+
+def restore(module: nn.Module) -> None:
+    """Gives an attention module the stock function back."""
+    if installed(module):
+        fused_sdpa.switch_back(module)
