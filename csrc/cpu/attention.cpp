@@ -34,7 +34,7 @@ float take_softmax(float* row, int64_t width, float& total) {
 
 void attend_block(const Attention& a, const float* key_t, const Floats2d& value, const Block& block, const Heads& out,
                   float* lse, float* buffer) {
-  const int64_t ld = padded(a.keys), dim = padded(a.dim), row = block.row(a);
+  const int64_t ld = scores_ld(a), dim = padded(a.dim), row = block.row(a);
   float* sums = buffer + kQueries * dim;
   float* scores = sums + kQueries * dim;
   const Floats2d q = read_rows(block.rows(a.query), 0, block.queries, a.dim, buffer);
@@ -61,14 +61,14 @@ void attend_block(const Attention& a, const float* key_t, const Floats2d& value,
 
 void attention(const Attention& a, const Heads& out, float* lse) {
   const int64_t tasks_of_head = (a.tokens + kTaskQueries - 1) / kTaskQueries;
-  const int64_t dim = padded(a.dim), keys = padded(a.keys);
+  const int64_t dim = padded(a.dim), keys = padded(a.keys), ld = scores_ld(a);
   parallel_chunks(a.batch * a.heads * tasks_of_head, [&](int64_t task) {
     const int64_t b = task / (a.heads * tasks_of_head), head = task / tasks_of_head % a.heads;
     const int64_t h = head / (a.heads / a.kv_heads), begin = task % tasks_of_head * kTaskQueries;
-    float* key_t = workspace(a.dim * keys + keys * dim + kQueries * (2 * dim + keys));
-    float* rows = key_t + a.dim * keys;
+    float* key_t = workspace(a.dim * ld + keys * dim + kQueries * (2 * dim + ld));
+    float* rows = key_t + a.dim * ld;
     float* buffer = rows + keys * dim;
-    transpose_rows(head_rows(a.key, b, h, a.keys, a.dim, rows), a.keys, a.dim, a.scale, key_t);
+    transpose_rows(head_rows(a.key, b, h, a.keys, a.dim, rows), a.keys, a.dim, a.scale, key_t, ld);
     const Floats2d value = head_rows(a.value, b, h, a.keys, a.dim, rows);
     for (int64_t first = begin; first < std::min(a.tokens, begin + kTaskQueries); first += kQueries) {
       attend_block(a, key_t, value, Block(a, b, head, first), out, lse, buffer);

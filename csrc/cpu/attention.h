@@ -18,6 +18,9 @@ namespace fusetune::FUSETUNE_ISA {
 
 constexpr int64_t kQueries = 48;
 
+// Distance of two rows of scores, and of the keys' transpose: not a power of two, or they share a set of the cache.
+static inline int64_t scores_ld(const Attention& a) { return padded(a.keys) + 16; }
+
 // Queries [first, first + queries) of a head, and how many keys they see.
 struct Block {
   int64_t b, head, first, queries, keys;
@@ -41,11 +44,11 @@ static inline Floats2d head_rows(const Heads& x, int64_t b, int64_t head, int64_
   return read_rows(rows_of(x, b, head, 0), 0, count, dim, buffer, true);
 }
 
-// scores [queries, padded(S)] = scale q . k (+ bias); -inf for keys that a query does not see, up to the block's width.
-// key_t: the keys' transpose [D, padded(S)], times the scale.
+// scores [queries, S], scores_ld apart, = scale q . k (+ bias); -inf for keys that a query does not see, up to the block's width.
+// key_t: the keys' transpose [D, S], as far apart, times the scale.
 static inline void block_scores(const Attention& a, const float* key_t, const Block& block, const Floats2d& q,
                                 float* scores) {
-  const int64_t ld = padded(a.keys), width = block.width();
+  const int64_t ld = scores_ld(a), width = block.width();
   Ahead nothing;
   outer({q.data, q.stride, 1}, block.queries, {key_t, ld}, width, a.dim, {scores, ld, nullptr, 0, nullptr}, nothing);
   for (int64_t r = 0; r < block.queries; ++r, scores += ld) {

@@ -21,19 +21,19 @@ namespace {
 class Backward {
  public:
   Backward(const Attention& a, const AttentionGradients& given)
-      : a_(a), given_(given), dim_(padded(a.dim)), keys_(padded(a.keys)) {}
+      : a_(a), given_(given), dim_(padded(a.dim)), keys_(padded(a.keys)), ld_(scores_ld(a)) {}
 
   // Of a task, in floats: two transposes, rows of keys and values with their gradients, and a block's buffer.
-  int64_t task_floats() const { return 2 * a_.dim * keys_ + 4 * keys_ * dim_ + kQueries * (3 * dim_ + 2 * keys_) + keys_; }
+  int64_t task_floats() const { return 2 * a_.dim * ld_ + 4 * keys_ * dim_ + kQueries * (3 * dim_ + 2 * ld_) + keys_; }
 
   void task(int64_t b, int64_t h, float* memory) {
     const auto take = [&](int64_t count) { return std::exchange(memory, memory + count); };
-    key_t_ = take(a_.dim * keys_), value_t_ = take(a_.dim * keys_);
+    key_t_ = take(a_.dim * ld_), value_t_ = take(a_.dim * ld_);
     key_ = head_rows(a_.key, b, h, a_.keys, a_.dim, take(keys_ * dim_));
     const Floats2d value = head_rows(a_.value, b, h, a_.keys, a_.dim, take(keys_ * dim_));
     dkey_ = take(keys_ * dim_), dvalue_ = take(keys_ * dim_);
-    transpose_rows(key_, a_.keys, a_.dim, a_.scale, key_t_);
-    transpose_rows(value, a_.keys, a_.dim, 1, value_t_);
+    transpose_rows(key_, a_.keys, a_.dim, a_.scale, key_t_, ld_);
+    transpose_rows(value, a_.keys, a_.dim, 1, value_t_, ld_);
     std::fill_n(dkey_, 2 * keys_ * dim_, 0.f);
     const int64_t group = a_.heads / a_.kv_heads;
     for (int64_t head = h * group; head < (h + 1) * group; ++head) {
@@ -45,23 +45,23 @@ class Backward {
 
  private:
   void block(const Block& block, float* buffer) const {
-    float *sums = buffer + 2 * kQueries * dim_, *p = sums + kQueries * dim_, *ds = p + kQueries * keys_;
+    float *sums = buffer + 2 * kQueries * dim_, *p = sums + kQueries * dim_, *ds = p + kQueries * ld_;
     const int64_t whole = whole_vectors(a_.dim);
     const Floats2d q = read_rows(block.rows(a_.query), 0, block.queries, a_.dim, buffer, true);
     const Floats2d upper =
         read_rows(block.rows(given_.dout), 0, block.queries, a_.dim, buffer + kQueries * dim_, true);
     Ahead nothing;
     block_scores(a_, key_t_, block, q, p);
-    outer({upper.data, upper.stride, 1}, block.queries, {value_t_, keys_}, block.width(), a_.dim,
-          {ds, keys_, nullptr, 0, nullptr}, nothing);
-    softmax_backward(block, upper, p, ds, ds + kQueries * keys_);
+    outer({upper.data, upper.stride, 1}, block.queries, {value_t_, ld_}, block.width(), a_.dim,
+          {ds, ld_, nullptr, 0, nullptr}, nothing);
+    softmax_backward(block, upper, p, ds, ds + kQueries * ld_);
     if (given_.dquery.data) {
-      outer({ds, keys_, 1}, block.queries, {key_.data, key_.stride}, whole, block.keys,
+      outer({ds, ld_, 1}, block.queries, {key_.data, key_.stride}, whole, block.keys,
             {sums, dim_, nullptr, 0, nullptr}, nothing);
       write(given_.dquery, block.b, block.head, block.first, block.queries, sums, a_.scale);
     }
     const auto add_products_to = [&](float* to, const float* weights, const Floats2d& rows) {
-      outer({weights, 1, keys_}, block.keys, {rows.data, rows.stride}, whole, block.queries,
+      outer({weights, 1, ld_}, block.keys, {rows.data, rows.stride}, whole, block.queries,
             {to, dim_, to, dim_, nullptr}, nothing);
     };
     if (given_.dkey.data) add_products_to(dkey_, ds, q);
@@ -74,7 +74,7 @@ class Backward {
     with_type(given_.out.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       const T* out = static_cast<const T*>(address_of(given_.out, block.b, block.head, block.first));
-      for (int64_t r = 0; r < block.queries; ++r, out += given_.out.token, p += keys_, ds += keys_) {
+      for (int64_t r = 0; r < block.queries; ++r, out += given_.out.token, p += ld_, ds += ld_) {
         std::fill_n(kept, width, 1.f);
         apply_dropout(a_.dropout, (row + r) * a_.keys, block.seen(a_, r), kept);
         const F delta = set1(dot(upper.row(r), out, a_.dim)), top = set1(given_.lse[row + r]);
@@ -100,7 +100,7 @@ class Backward {
 
   const Attention& a_;
   const AttentionGradients& given_;
-  const int64_t dim_, keys_;
+  const int64_t dim_, keys_, ld_;
   float *key_t_ = nullptr, *value_t_ = nullptr, *dkey_ = nullptr, *dvalue_ = nullptr;
   Floats2d key_{};
 };

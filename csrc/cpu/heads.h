@@ -29,10 +29,11 @@ static inline void pack_rows(const Matrix& rows, int64_t count, int64_t dim, flo
   });
 }
 
-// rows [count, D], which can be read in whole vectors -> [D, padded(count)] times factor, with zeros in the padding
-static inline void transpose_rows(const Floats2d& rows, int64_t count, int64_t dim, float factor, float* to) {
-  const int64_t to_ld = padded(count);
-  for (int64_t j = 0; j < to_ld; j += kLanes) {
+// rows [count, D], which can be read in whole vectors -> [D, padded(count)] times factor, with zeros in the padding; its
+// rows lie to_ld apart.
+static inline void transpose_rows(const Floats2d& rows, int64_t count, int64_t dim, float factor, float* to,
+                                  int64_t to_ld) {
+  for (int64_t j = 0; j < padded(count); j += kLanes) {
     for (int64_t d = 0; d < dim; d += kLanes) {
       F block[kLanes];
       for (int i = 0; i < kLanes; ++i) block[i] = j + i < count ? mul(load(rows.row(j + i) + d), set1(factor)) : zero();

@@ -50,8 +50,8 @@ static inline void pack(const Prefix& p, int64_t g, int64_t b, int64_t h, bool b
   pack_head(p, p.key, 0, g, b, h, p.scale, to.key);
   pack_head(p, p.value, first_value(p), g, b, h, 1, to.value);
   const int64_t ld = padded(p.dim);
-  transpose_rows({to.key, ld}, p.count, p.dim, 1, to.key_t);
-  if (backward) transpose_rows({to.value, ld}, p.count, p.dim, 1, to.value_t);
+  transpose_rows({to.key, ld}, p.count, p.dim, 1, to.key_t, padded(p.count));
+  if (backward) transpose_rows({to.value, ld}, p.count, p.dim, 1, to.value_t, padded(p.count));
 }
 
 // All prefixes and heads, into `memory`; nothing where they are dropped out.

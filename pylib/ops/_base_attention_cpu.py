@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 BLOCK = 64
-MOST_KEYS = 1024
+MOST_KEYS = 2048
 
 
 def attend(
