@@ -1,7 +1,8 @@
 """Fused sdpa attention of transformers' models, on CPUs: with dropout of its weights, and without.
 
-The function is nn/fused_sdpa.py's. Where a model has another attention function, or lies elsewhere
-than on a CPU, its attention is none of ours, and the report does not mention it.
+The function is nn/fused_sdpa.py's. Attention by another function, elsewhere than on a CPU, with a
+bias of the positions (T5), or in 16 bits without dropout is none of ours, and the report does not
+mention it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,17 @@ def install(module: nn.Module, *, dropout: bool = True) -> bool:
 
     dropout: also where it drops weights, with masks of its own.
     """
-    on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
-    if fused_sdpa.looks_up(module) and on_cpu and (dropout or fused_sdpa.holder(module) is None):
+    if not fused_sdpa.looks_up(module) or any(p.device.type != "cpu" for p in module.parameters()):
+        return False
+    drops = fused_sdpa.holder(module) is not None
+    if dropout if drops else _dtype(module) == torch.float32:
         fused_sdpa.switch(module)
     return installed(module)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """Of a module's activations, as its parameters tell it."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def installed(module: nn.Module) -> bool:
@@ -34,7 +42,7 @@ def installed(module: nn.Module) -> bool:
 
 def fused_carrier(module: nn.Module) -> tuple[str, str | None]:
     """(backend, reason against it) of an attention module."""
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    dtype = _dtype(module)
     if dtype != torch.float32 and fused_sdpa.holder(module) is None:
         return "-", f"torch's kernel for {dtype}: ours is for fp32 where no weights are dropped"
     return carrier("attention", "cpu", dtype)

@@ -26,9 +26,12 @@ _OTHERS = ("softcap", "s_aux", "cache", "position_bias")  # arguments that are n
 
 
 def looks_up(module: nn.Module) -> bool:
-    """Whether a module is one of attention that takes its function from transformers' interface."""
+    """Whether a module takes its attention function from transformers' interface.
+
+    Not those that give it a bias of the positions (T5): it may require a gradient.
+    """
     kind: Any = type(module)
-    return _looks_up(kind)
+    return _looks_up(kind) and not hasattr(module, "has_relative_attention_bias")
 
 
 def holder(module: nn.Module) -> str | None:

@@ -7,7 +7,7 @@ import stock_peft
 import torch
 
 from fusetune import ops
-from fusetune.integrations import linear, transformers_norm
+from fusetune.integrations import linear, transformers_attention, transformers_norm
 
 stock_peft.patch()
 
@@ -73,6 +73,7 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def stock_base(monkeypatch):
-    """A base whose own linear layers and norms stay stock: what else is fused is alone."""
+    """A base whose linear layers, norms and attention stay stock: what else is fused is alone."""
     for kind in (linear.FusedLinear, transformers_norm.FusedRMSNorm):
         monkeypatch.setattr(kind, "accepts", classmethod(lambda cls, module: False))
+    monkeypatch.setattr(transformers_attention, "install", lambda module, dropout: False)

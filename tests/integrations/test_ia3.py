@@ -187,6 +187,7 @@ def test_convolutions_are_listed_with_a_reason():
     assert row.reason == "ia3.Conv2d has no fused path"
 
 
+@pytest.mark.usefixtures("stock_base")
 def test_merge_unmerge_disable_and_unload(calls):
     stock, inputs = ia3("bert")
     stock.eval()

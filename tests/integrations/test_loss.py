@@ -99,7 +99,7 @@ def test_a_loss_of_ones_own_is_left_alone(calls):
 def test_models_with_another_loss_are_left_alone(kind):
     """An image classifier, and two whose forward does not ask for the loss function."""
     model, _ = getattr(tiny_models, kind)()
-    assert fusetune.fuse(model).rows == []
+    assert "cross-entropy" not in {row.method for row in fusetune.fuse(model).rows}
     assert "_loss_function" not in model.__dict__
 
 
