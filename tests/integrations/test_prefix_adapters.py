@@ -6,6 +6,7 @@ import functools
 import prefix_models
 import pytest
 import torch
+from model_equality import assert_near
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from peft.tuners import lora
 from tolerance import assert_same
