@@ -31,8 +31,11 @@ def install(module: nn.Module, *, dropout: bool = True) -> bool:
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    """Of a module's activations, as its parameters tell it."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    """Of a module's activations, as its base weights tell it; where all are 4-bit, its config."""
+    named = module.named_parameters()
+    own = (p.dtype for name, p in named if p.is_floating_point() and "lora_" not in name)
+    stated = getattr(getattr(module, "config", None), "dtype", None)
+    return next(own, stated if isinstance(stated, torch.dtype) else torch.float32)
 
 
 def installed(module: nn.Module) -> bool:

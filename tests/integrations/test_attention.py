@@ -107,6 +107,14 @@ def test_attention_that_is_none_of_ours(kind):
     assert model.config._attn_implementation == name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_4bit_layers(dtype):
+    """Their weights do not tell the dtype of activations, nor do LoRA's: the config does."""
+    model, _ = tiny_models.lora_llama(four_bit=True, dtype=dtype)
+    model.config.dtype = dtype
+    assert len(rows(fusetune.fuse(model))) == (2 if dtype == torch.float32 else 0)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant):
     model, inputs = llama(), tiny_models.token_inputs()
