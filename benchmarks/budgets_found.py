@@ -254,5 +254,5 @@ def _kept(part: str, sources: Iterable[str], find: Callable[[], Found]) -> Found
     return found
 
 
-_CASES = ("case", "kernels", "kernels_methods", "launches", "bottleneck", "prompts")
+_CASES = ("case", "kernels", "kernels_methods", "launches", "multi_lora", "bottleneck", "prompts")
 _SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".so")
