@@ -13,6 +13,7 @@ from benchmarks import gpu_launches as launches
 from benchmarks.gpu_case import MATMUL, PIPELINED, WIDE, Case
 from benchmarks.gpu_kernels_methods import METHODS
 from benchmarks.gpu_launches import DROPOUT, Sizes
+from benchmarks.gpu_multi_lora import SEVERAL
 
 TRITON = (
     Case("dequantize_4bit", "triton", "_dequantize", launches.dequantize, ("wide stores",)),
@@ -152,6 +153,7 @@ TRITON = (
     Case(
         "tail of linear_dx, dropout", "triton", "_linear", launches.dropped_tail, ("wide stores",)
     ),
+    *SEVERAL,
     *METHODS,
 )
 

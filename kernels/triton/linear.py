@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fusetune._triton._adapters import Plan
+from fusetune._triton._tail import add_tail, add_tails
 from fusetune._triton._tile import keep_mask, signed
 
 _GROUP = 8
@@ -43,21 +45,27 @@ _TABLE = {
     100: Tiles(128, 256, 64, 8, 3),
     120: Tiles(128, 128, 64, 8, 3),
 }
+_SEVERAL = Tiles(64, 128, 64, 8, 3)  # each adapter's part is made apart: half the registers
 _MASKED = {90: Tiles(128, 128, 64, 8, 3), 100: Tiles(128, 128, 64, 8, 3)}  # with dropout
 _SMALL = Tiles(32, 64, 64, 4, 3)
 _SMALL_OF = {120: Tiles(32, 64, 64, 8, 3)}  # four warps spill there
 _FP32 = Tiles(64, 64, 16, 4, 2)
 
 
-def tiles(arch: int, m: int, dtype: torch.dtype, quads: bool | None = None) -> Tiles:
+def tiles(
+    arch: int, m: int, dtype: torch.dtype, quads: bool | None = None, several: bool = False
+) -> Tiles:
     """The tiles for a device of capability `arch` (80, 86, ...). An unknown one has sm_86's.
 
     quads: of a dropout, whether one counter serves four elements: otherwise masks take registers.
+    several: adapters.
     """
     if dtype == torch.float32:
         return _FP32
     if m <= 64 or quads is False or arch < 80:
         return _SMALL_OF.get(arch, _SMALL)
+    if several:
+        return _SEVERAL
     known = arch if arch in _TABLE else 86
     return _TABLE[known] if quads is None else _MASKED.get(known, _TABLE[known])
 
@@ -74,40 +82,6 @@ def _tile_of(M, N, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _add_tail(
-    acc,
-    s,
-    b,
-    row,
-    col,
-    M,
-    N,
-    r,
-    stride_bn,
-    stride_br,
-    scaling,
-    DTYPE: tl.constexpr,
-    RANKS: tl.constexpr,
-):
-    """acc + scaling s b, s [M, r] and b [r, N] read with its strides, both in DTYPE."""
-    rank = tl.arange(0, RANKS)
-    for r0 in range(0, r, RANKS):
-        valid = r0 + rank < r
-        left = tl.load(
-            s + row[:, None] * r + (r0 + rank)[None, :],
-            mask=(row < M)[:, None] & valid[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            b + (r0 + rank)[:, None] * stride_br + col[None, :] * stride_bn,
-            mask=valid[:, None] & (col < N)[None, :],
-            other=0.0,
-        )
-        acc = tl.dot((left * scaling).to(DTYPE), right.to(DTYPE), acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
 def _linear(
     x,
     w,
@@ -118,10 +92,15 @@ def _linear(
     seed,
     z,
     y,
+    lora_bias,
+    records,
+    places,
     M,
     N,
     K,
     r,
+    adapters,
+    block,
     stride_x,
     stride_wn,
     stride_wk,
@@ -133,7 +112,10 @@ def _linear(
     factor,
     BASE: tl.constexpr,
     TAIL: tl.constexpr,
+    TAILS: tl.constexpr,
+    DX: tl.constexpr,
     BIAS: tl.constexpr,
+    LORA_BIAS: tl.constexpr,
     COL_SCALE: tl.constexpr,
     KEEP: tl.constexpr,
     ADD: tl.constexpr,
@@ -155,10 +137,17 @@ def _linear(
     acc = tl.zeros((ROWS, COLS), tl.float32)
     if TAIL:  # first: what its mask needs besides the accumulator is then free for the loop
         dtype: tl.constexpr = y.dtype.element_ty
-        acc = _add_tail(acc, s, b, row, col, M, N, r, stride_bn, stride_br, scaling, dtype, RANKS)
+        acc = add_tail(
+            acc, s, b, row * r, row_valid, col, N, r, stride_bn, stride_br, scaling, dtype, RANKS
+        )
         if DROPOUT:
             kept = keep_mask(tl.load(seed), row, col_tile * COLS, N, threshold, COLS, ALIGNED)
             acc = tl.where(kept, acc * factor, 0.0)
+    if TAILS:
+        acc = add_tails(
+            acc, s, b, lora_bias, seed, records, places, adapters, block, row, col_tile * COLS,
+            M, N, y.dtype.element_ty, DX, LORA_BIAS, DROPOUT, ALIGNED, COLS, RANKS,
+        )  # fmt: skip
     if BASE:
         x_at = x + row[:, None] * stride_x + inner[None, :]
         w_at = w + inner[:, None] * stride_wk + col[None, :] * stride_wn
@@ -187,6 +176,17 @@ class Tail(NamedTuple):
     scaling: float
 
 
+class Tails(NamedTuple):
+    """Several adapters' parts, of the rows that each of them serves."""
+
+    s: torch.Tensor  # fp32, as `plan` says
+    b: torch.Tensor  # every B [N, r] one after the other; for dX every A
+    plan: Plan
+    dx: bool = False
+    lora_bias: torch.Tensor | None = None  # fp32 [adapters, N]
+    seeds: torch.Tensor | None = None  # int64 [adapters]: of dX's dropout
+
+
 class Dropout(NamedTuple):
     """Of the tail: what draws its mask (int64 [1], 32 bits) and the factor of what is kept."""
 
@@ -202,6 +202,7 @@ def launch_linear(
     *,
     arch: int,
     tail: Tail | None = None,
+    tails: Tails | None = None,
     bias: torch.Tensor | None = None,
     col_scale: torch.Tensor | None = None,
     dropout: Dropout | None = None,
@@ -209,6 +210,8 @@ def launch_linear(
     add: bool = False,
 ) -> None:
     """y = col_scale * (x w^T + drop(tail)) + bias; with `add`, or without x and w, added to y.
+
+    tails: instead of tail and dropout.
 
     x: [M, K], rows contiguous; w: [N, K] with any strides, in x's dtype (dX passes its W
     transposed); y: [M, N], rows contiguous, fp32, fp16 or bf16; bias, col_scale: fp32 [N],
@@ -218,22 +221,35 @@ def launch_linear(
     if m == 0 or n == 0:
         return
     base = x is not None and w is not None
-    quads = None if dropout is None else n % 4 == 0
-    shape = tiles(arch, m, y.dtype, quads)
+    seed = y if dropout is None else dropout.seed
+    dropped, rank = dropout is not None, 0 if tail is None else tail.s.shape[1]
+    plan = None if tails is None else tails.plan
+    if tails is not None:
+        rank, dropped = max(tails.plan.ranks), tails.seeds is not None
+        seed = y if tails.seeds is None else tails.seeds
+    quads = n % 4 == 0 if dropped else None
+    shape = tiles(arch, m, y.dtype, quads, tails is not None)
+    lora_bias = None if tails is None else tails.lora_bias
+    low: Tail | Tails | None = tail if tails is None else tails
     _linear[(triton.cdiv(m, shape.rows) * triton.cdiv(n, shape.cols),)](
         x if base else y,
         w if base else y,
-        y if tail is None else tail.s,
-        y if tail is None else tail.b,
+        y if low is None else low.s,
+        y if low is None else low.b,
         y if bias is None else bias,
         y if col_scale is None else col_scale,
-        y if dropout is None else dropout.seed,
+        seed,
         y if z is None else z,
         y,
+        y if lora_bias is None else lora_bias,
+        y if plan is None else plan.records,
+        y if plan is None else plan.places,
         m,
         n,
         x.shape[1] if x is not None else 0,
-        0 if tail is None else tail.s.shape[1],
+        0 if tail is None else rank,
+        0 if plan is None else len(plan.ranks),
+        0 if plan is None else m // plan.entries,
         x.stride(0) if x is not None else 0,
         w.stride(0) if w is not None else 0,
         w.stride(1) if w is not None else 0,
@@ -245,16 +261,19 @@ def launch_linear(
         1.0 if dropout is None else dropout.factor,
         BASE=base,
         TAIL=tail is not None,
+        TAILS=tails is not None,
+        DX=tails is not None and tails.dx,
         BIAS=bias is not None,
+        LORA_BIAS=lora_bias is not None,
         COL_SCALE=col_scale is not None,
         KEEP=z is not None,
         ADD=add or not base,
-        DROPOUT=dropout is not None,
+        DROPOUT=dropped,
         ALIGNED=bool(quads),
         ROWS=shape.rows,
         COLS=shape.cols,
         DEPTH=shape.depth,
-        RANKS=16 if tail is None or tail.s.shape[1] <= 16 else 32,
+        RANKS=16 if rank <= 16 else 32,
         GROUP=_GROUP,
         num_warps=shape.warps,
         enable_fp_fusion=True,

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusetune._triton._adapters import record, rows_of_x
 from fusetune._triton._tile import (
     dot_wide,
     keep_mask,
@@ -35,6 +36,7 @@ def _step(
     ds,
     key,
     r,
+    at,
     row,
     row_valid,
     first_col,
@@ -46,12 +48,12 @@ def _step(
     COLS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
-    """acc + drop(x)^T dS for ROWS rows."""
+    """acc + drop(x)^T dS for ROWS rows: those of dS are at, those of x `row`."""
     rank = tl.arange(0, RANKS)
     if DROPOUT:
         x = tl.where(keep_mask(key, row, first_col, K, threshold, COLS, ALIGNED), x, 0.0)
     narrow = tl.load(
-        ds + row[:, None] * r + rank[None, :],
+        ds + at[:, None] * r + rank[None, :],
         mask=row_valid[:, None] & (rank < r)[None, :],
         other=0.0,
     )
@@ -69,6 +71,8 @@ def _da(
     seed1,
     seed2,
     seed3,
+    records,
+    served,
     out,
     M,
     K,
@@ -79,6 +83,9 @@ def _da(
     stride_x,
     steps,
     threshold,
+    block,
+    ranks,
+    SEVERAL: tl.constexpr,
     COUNT: tl.constexpr,
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -90,6 +97,14 @@ def _da(
     first_col = tl.program_id(0) * COLS
     col = first_col + tl.arange(0, COLS)
     col_valid = col < K
+    served_from = 0
+    if SEVERAL:  # each program is of one of many dA's: M and r0 are its own
+        i = tl.program_id(2)
+        r0, before, count, served_from, start, threshold, factor, _ = record(records, i)
+        M = count * block
+        steps = tl.cdiv(tl.cdiv(M, ROWS), tl.num_programs(1))
+        ds0 += start * block
+        seed0 += i
     first = tl.program_id(1) * steps * ROWS
     key0, key1, key2, key3 = 0, 0, 0, 0
     if DROPOUT:
@@ -101,38 +116,44 @@ def _da(
     acc1 = acc0
     acc2 = acc0
     acc3 = acc0
-    for start in range(first, tl.minimum(first + steps * ROWS, M), ROWS):
-        row = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
-        valid = row < M
+    for begin in range(first, tl.minimum(first + steps * ROWS, M), ROWS):
+        at = tl.cast(begin, tl.int64) + tl.arange(0, ROWS)
+        valid = at < M
+        row = rows_of_x(served, served_from, at, valid, block) if SEVERAL else at
         tile = tl.load(
             x + row[:, None] * stride_x + col[None, :],
             mask=valid[:, None] & col_valid[None, :],
             other=0.0,
         )
         acc0 = _step(
-            acc0, tile, ds0, key0, r0, row, valid, first_col, K, threshold,
+            acc0, tile, ds0, key0, r0, at, row, valid, first_col, K, threshold,
             DROPOUT, ALIGNED, TERMS, COLS, RANKS,
         )  # fmt: skip
         if COUNT > 1:
             acc1 = _step(
-                acc1, tile, ds1, key1, r1, row, valid, first_col, K, threshold,
+                acc1, tile, ds1, key1, r1, at, row, valid, first_col, K, threshold,
                 DROPOUT, ALIGNED, TERMS, COLS, RANKS,
             )  # fmt: skip
         if COUNT > 2:
             acc2 = _step(
-                acc2, tile, ds2, key2, r2, row, valid, first_col, K, threshold,
+                acc2, tile, ds2, key2, r2, at, row, valid, first_col, K, threshold,
                 DROPOUT, ALIGNED, TERMS, COLS, RANKS,
             )  # fmt: skip
         if COUNT > 3:
             acc3 = _step(
-                acc3, tile, ds3, key3, r3, row, valid, first_col, K, threshold,
+                acc3, tile, ds3, key3, r3, at, row, valid, first_col, K, threshold,
                 DROPOUT, ALIGNED, TERMS, COLS, RANKS,
             )  # fmt: skip
     # A, then part: each dA's shares lie together.
     part, parts = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
-    _store(out + part * r0 * K, acc0, col, col_valid, r0, K, RANKS)
+    if SEVERAL:  # part, then A: one launch adds the shares of all
+        acc0 *= factor
+        out += (part * ranks + before) * K
+    else:
+        out += part * r0 * K
+    _store(out, acc0, col, col_valid, r0, K, RANKS)
     if COUNT > 1:
-        out += parts * r0 * K
+        out += (parts - part) * r0 * K
         _store(out + part * r1 * K, acc1, col, col_valid, r1, K, RANKS)
     if COUNT > 2:
         out += parts * r1 * K
@@ -205,6 +226,8 @@ def launch_lora_da(
         *pad,
         *(seeds or ds),
         *([seeds[0]] * (MOST - count) if seeds else pad),
+        x,
+        x,
         shares,
         m,
         k,
@@ -213,6 +236,9 @@ def launch_lora_da(
         x.stride(0),
         steps,
         signed(threshold),
+        0,
+        0,
+        SEVERAL=False,
         COUNT=count,
         DROPOUT=seeds is not None,
         ALIGNED=bool(quads),

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusetune._triton._adapters import record, rows_of_x
 from fusetune._triton._tile import PROGRAMS, dot_wide, rank_block, splits, sum_parts, terms
 
 
@@ -24,6 +25,8 @@ def _ds_db(
     dy,
     lora_B,
     s,
+    records,
+    served,
     ds,
     db,
     M,
@@ -31,6 +34,10 @@ def _ds_db(
     r,
     stride_dy,
     steps,
+    block,
+    size,
+    ranks,
+    SEVERAL: tl.constexpr,
     TERMS_B: tl.constexpr,
     TERMS_S: tl.constexpr,
     NEED_DB: tl.constexpr,
@@ -40,6 +47,16 @@ def _ds_db(
 ):
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
     rank = tl.arange(0, RANKS)
+    served_from = 0
+    if SEVERAL:  # each program is of one of many B's, which lie together: M and r are its own
+        r, before, count, served_from, start, _, _, scaling = record(records, tl.program_id(2))
+        M = count * block
+        steps = tl.cdiv(tl.cdiv(M, ROWS), tl.num_programs(1))
+        lora_B += before * N
+        s += start * block
+        ds += tl.program_id(0).to(tl.int64) * size + start * block
+    else:
+        ds += tl.program_id(0).to(tl.int64) * M * r
     col_valid, rank_valid = col < N, rank < r
     first = tl.program_id(1) * steps * ROWS
     acc = tl.zeros((COLS, RANKS), tl.float32)
@@ -48,11 +65,11 @@ def _ds_db(
         mask=col_valid[:, None] & rank_valid[None, :],
         other=0.0,
     )
-    ds += tl.program_id(0).to(tl.int64) * M * r
     last = tl.minimum(first + steps * ROWS, M)
     row = first.to(tl.int64) + tl.arange(0, ROWS)
+    row_of_dy = rows_of_x(served, served_from, row, row < last, block) if SEVERAL else row
     after = tl.load(
-        dy + row[:, None] * stride_dy + col[None, :],
+        dy + row_of_dy[:, None] * stride_dy + col[None, :],
         mask=(row < last)[:, None] & col_valid[None, :],
         other=0.0,
     )
@@ -63,17 +80,24 @@ def _ds_db(
         narrow = row_valid[:, None] & rank_valid[None, :]
         at = row[:, None] * r + rank[None, :]
         row += ROWS
+        row_of_dy = rows_of_x(served, served_from, row, row < last, block) if SEVERAL else row
         after = tl.load(
-            dy + row[:, None] * stride_dy + col[None, :],
+            dy + row_of_dy[:, None] * stride_dy + col[None, :],
             mask=(row < last)[:, None] & col_valid[None, :],
             other=0.0,
         )
         share = dot_wide(tile, b, tl.zeros((ROWS, RANKS), tl.float32), TERMS_B)
+        if SEVERAL:
+            share *= scaling
         tl.store(ds + at, share, mask=narrow)
         if NEED_DB:
             acc = dot_wide(tl.trans(tile), tl.load(s + at, mask=narrow, other=0.0), acc, TERMS_S)
     if NEED_DB:
-        db += tl.program_id(1).to(tl.int64) * N * r
+        if SEVERAL:
+            db += (tl.program_id(1).to(tl.int64) * ranks + before) * N
+            acc *= scaling
+        else:
+            db += tl.program_id(1).to(tl.int64) * N * r
         at = col.to(tl.int64)[:, None] * r + rank[None, :]
         tl.store(db + at, acc, mask=col_valid[:, None] & rank_valid[None, :])
 
@@ -125,6 +149,8 @@ def launch_lora_ds_db(
         dy,
         lora_B,
         s,
+        dy,
+        dy,
         ds_parts,
         db_parts,
         m,
@@ -132,6 +158,10 @@ def launch_lora_ds_db(
         r,
         dy.stride(0),
         steps,
+        0,
+        0,
+        0,
+        SEVERAL=False,
         TERMS_B=n_terms,
         TERMS_S=n_terms,  # adapters in 16 bits: s as well
         NEED_DB=db is not None,

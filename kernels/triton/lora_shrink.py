@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusetune._triton._adapters import record, rows_of_x
 from fusetune._triton._tile import dot_wide, keep_mask, rank_block, signed, splits, sum_parts, terms
 
 MOST = 4  # A's of one launch
@@ -61,6 +62,8 @@ def _shrink(
     seed1,
     seed2,
     seed3,
+    records,
+    served,
     out,
     M,
     K,
@@ -72,6 +75,9 @@ def _shrink(
     steps,
     threshold,
     factor,
+    block,
+    size,
+    SEVERAL: tl.constexpr,
     COUNT: tl.constexpr,
     DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -82,8 +88,19 @@ def _shrink(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_valid = row < M
+    at = row
     col = tl.arange(0, COLS)
     first = tl.program_id(1) * steps * COLS
+    end = K
+    if SEVERAL:  # each program is of one of many A's, which lie together
+        i = tl.program_id(2)
+        r0, before, count, served_from, start, threshold, factor, _ = record(records, i)
+        row_valid = at < count * block
+        row = rows_of_x(served, served_from, at, row_valid, block)
+        a0 += before * K
+        seed0 += i
+        out += tl.program_id(1).to(tl.int64) * size + start * block
+        end = tl.where(tl.program_id(0) * ROWS < count * block, K, first)
     key0, key1, key2, key3 = 0, 0, 0, 0
     if DROPOUT:
         key0 = tl.load(seed0)
@@ -94,7 +111,7 @@ def _shrink(
     acc1 = acc0
     acc2 = acc0
     acc3 = acc0
-    for k in range(first, tl.minimum(first + steps * COLS, K), COLS):
+    for k in range(first, tl.minimum(first + steps * COLS, end), COLS):
         xt = tl.load(
             x + row[:, None] * stride_x + (k + col)[None, :],
             mask=row_valid[:, None] & (k + col < K)[None, :],
@@ -116,24 +133,25 @@ def _shrink(
                 acc3, xt, a3, key3, r3, row, k, K, threshold, DROPOUT, ALIGNED, TERMS, COLS, RANKS
             )
     # Part, then A, then row.
-    out += tl.program_id(1).to(tl.int64) * M * (r0 + r1 + r2 + r3)
-    _store(out, acc0 * factor, row, row_valid, r0, RANKS)
+    if not SEVERAL:
+        out += tl.program_id(1).to(tl.int64) * M * (r0 + r1 + r2 + r3)
+    _store(out, acc0 * factor, at, row_valid, r0, RANKS)
     if COUNT > 1:
         out += M.to(tl.int64) * r0
-        _store(out, acc1 * factor, row, row_valid, r1, RANKS)
+        _store(out, acc1 * factor, at, row_valid, r1, RANKS)
     if COUNT > 2:
         out += M.to(tl.int64) * r1
-        _store(out, acc2 * factor, row, row_valid, r2, RANKS)
+        _store(out, acc2 * factor, at, row_valid, r2, RANKS)
     if COUNT > 3:
         out += M.to(tl.int64) * r2
-        _store(out, acc3 * factor, row, row_valid, r3, RANKS)
+        _store(out, acc3 * factor, at, row_valid, r3, RANKS)
 
 
 @triton.jit
-def _store(out, values, row, row_valid, r, RANKS: tl.constexpr):
+def _store(out, values, at, row_valid, r, RANKS: tl.constexpr):
     rank = tl.arange(0, RANKS)
     mask = row_valid[:, None] & (rank < r)[None, :]
-    tl.store(out + row[:, None] * r + rank[None, :], values, mask=mask)
+    tl.store(out + at[:, None] * r + rank[None, :], values, mask=mask)
 
 
 def _tiles(x: torch.dtype, count: int, ranks: int, terms: int, quads: bool | None) -> list[int]:
@@ -209,6 +227,8 @@ def _launch(
         *(seeds or loras),
         *([seeds[0]] * (MOST - count) if seeds else pad),
         out,
+        out,
+        out,
         m,
         k,
         *ranks,
@@ -217,6 +237,9 @@ def _launch(
         steps,
         signed(threshold),
         factor if parts == 1 else 1.0,
+        0,
+        0,
+        SEVERAL=False,
         COUNT=count,
         DROPOUT=seeds is not None,
         ALIGNED=bool(quads),

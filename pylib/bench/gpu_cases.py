@@ -23,6 +23,7 @@ from .fusion_cases import adapter_fusion
 from .glu_cases import glu
 from .group_cases import lora_linear_group
 from .ia3_cases import ia3_linear
+from .multi_lora_cases import multi_lora_linear
 from .prefix_cases import prefix_attention
 from .prompt_cases import prompt_embed
 from .timing import Case
@@ -48,6 +49,8 @@ def triton_cases() -> Iterator[Case]:
         yield bottleneck(40, 72, 5, dtype, rows=[7, 0, 33])
         yield glu(9, 520, dtype, "gelu_new")
         yield lora_linear_group(9, (40, 24), 72, dtype, rank=5, dropout=0.3, dense=True)
+        yield several(5, 3, dtype, by_row=True, dense=False)
+        yield several(3, 30, dtype, by_row=False, dense=True)
         yield adapter_fusion(9, 3, 72, dtype, train=True, dropout=0.3)
         yield prefix_attention(2, 4, 2, 9, 9, 20, 7, dtype, train=True)
         options: dict[str, Any] = {"dropout": 0.3, "rows": [1, -1, 0]}
@@ -137,6 +140,13 @@ def lora(
         peers={},
         exact=lambda: _reference(all_of, *(tensor.double() for tensor in inputs)),
         tolerance=4 * EXACT[dtype],  # up to four roundings in a row: s, ds, product, sum
+    )
+
+
+def several(rows: int, tokens: int, dtype: torch.dtype, *, by_row: bool, dense: bool) -> Case:
+    """Of few vectors, and of more than 64, of which the base matmul is the vendor's."""
+    return multi_lora_linear(
+        rows, tokens, 40, 104, dtype, ranks=[5, 20], dropout=0.3, dense=dense, by_row=by_row
     )
 
 

@@ -27,6 +27,7 @@ Ways = dict[str, Callable[[], Tensor]]
 
 _VERSION = 1
 _REPEAT = 10
+_FEW = 64  # rows, for which Triton's tiles are small anyway
 
 
 class Problem(NamedTuple):
@@ -40,6 +41,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     masked: bool = False  # the tail has a dropout mask
+    several: bool = False  # adapters
     repeatable: bool = True  # not for ways that add to what is there: they are never measured
 
     def key(self) -> str:
@@ -48,7 +50,8 @@ class Problem(NamedTuple):
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"M {rows} N {self.n} K {self.k} r {self.rank}"
         dropout = " dropout" if self.masked else ""
-        return f"{_device_name(self.device)}: {self.what} {shape} {dtype}{dropout}"
+        several = " of several" if self.several else ""
+        return f"{_device_name(self.device)}: {self.what} {shape} {dtype}{dropout}{several}"
 
 
 def default(problem: Problem, ways: Ways) -> str:
@@ -56,11 +59,14 @@ def default(problem: Problem, ways: Ways) -> str:
 
     cuda does not write a decoded W out; triton writes y once, while addmm reads and writes it again
     for the tail. Without a tail these two move the same, and the vendor's matmul is the faster.
-    In fp32 Triton's has no tensor cores. Whatever the GPU, it is one of `ways`.
+    In fp32 Triton's has no tensor cores. Several adapters' parts leave it small tiles, which do no
+    harm where there are few rows; with many the tail's bytes are few beside the matmul. Whatever
+    the GPU, it is one of `ways`.
     """
     if "cuda" in ways:
         return "cuda"
-    if "triton" in ways and problem.rank and problem.dtype != torch.float32:
+    small = problem.several and problem.m > _FEW
+    if "triton" in ways and problem.rank and problem.dtype != torch.float32 and not small:
         return "triton"
     return "addmm"
 

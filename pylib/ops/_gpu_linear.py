@@ -55,11 +55,11 @@ def linear(
     if m == 0 or n == 0 or k == 0:
         return _without_product(rows, n, bias, scale)
     ways: Ways = {}
-    if _cuda_takes(m, n, k, rows.dtype, weight) and scale is None:
+    if cuda_takes(m, n, k, rows.dtype, weight) and scale is None:
         ways["cuda"] = lambda: _cuda.linear_4bit(rows, weight, bias, tail)  # type: ignore[arg-type]
-    if _triton_multiplies(rows, weight):
-        ways["triton"] = lambda: _triton_linear(rows, _dense(weight, rows), bias, tail, scale)
-    ways["addmm"] = lambda: _addmm(rows, _dense(weight, rows), bias, tail, scale)
+    if triton_multiplies(rows, weight):
+        ways["triton"] = lambda: _triton_linear(rows, dense(weight, rows), bias, tail, scale)
+    ways["addmm"] = lambda: _addmm(rows, dense(weight, rows), bias, tail, scale)
     if _augments(weight, k, tail) and scale is None and _triton_takes(rows, weight):
         ways["augmented"] = lambda: _augmented(rows, weight, bias, tail)  # type: ignore[arg-type]
     what = "y" if scale is None else "y scaled"  # fewer ways, and so another choice
@@ -147,11 +147,11 @@ def linear_dx(
     if m == 0 or n == 0 or k == 0:
         return torch.zeros(m, k, dtype=dy.dtype, device=dy.device) if to is None else to
     ways: Ways = {}
-    if _cuda_takes(m, n, k, dy.dtype, weight, dx=True):
+    if cuda_takes(m, n, k, dy.dtype, weight, dx=True):
         ways["cuda"] = lambda: _plus(to, _cuda.linear_4bit_dx(dy, weight, tail, mask))  # type: ignore[arg-type]
-    if _triton_multiplies(dy, weight):
-        ways["triton"] = lambda: _triton_dx(dy, _dense(weight, dy), tail, mask, to)
-    ways["addmm"] = lambda: _addmm_dx(dy, _dense(weight, dy), tail, mask, to)
+    if triton_multiplies(dy, weight):
+        ways["triton"] = lambda: _triton_dx(dy, dense(weight, dy), tail, mask, to)
+    ways["addmm"] = lambda: _addmm_dx(dy, dense(weight, dy), tail, mask, to)
     if _augments(weight, k, tail) and mask is None and to is None:
         ways["augmented"] = lambda: _augmented_dx(dy, weight, tail)  # type: ignore[arg-type]
     problem = Problem(
@@ -218,7 +218,7 @@ def _augmented_dx(dy: Tensor, weight: Weight, tail: Tail) -> Tensor:
 # --- shared by the ways ---------------------------------------------------------------------------
 
 
-def _dense(weight: Weight, like: Tensor) -> Tensor:
+def dense(weight: Weight, like: Tensor) -> Tensor:
     """The weight, decoded if it has to be, in like's dtype."""
     if isinstance(weight, QuantizedWeight):
         return dequantize_4bit(weight, like.dtype)
@@ -254,18 +254,18 @@ def _augments(weight: Weight, k: int, tail: Tail | None) -> bool:
 def _triton_takes(rows: Tensor, weight: Weight) -> bool:
     if backend() == "cuda":
         return False
-    dense = weight.dtype if isinstance(weight, Tensor) else None
-    return _triton.supports(Case(rows.device.type, rows.dtype, dense)) is None
+    of_dense = weight.dtype if isinstance(weight, Tensor) else None
+    return _triton.supports(Case(rows.device.type, rows.dtype, of_dense)) is None
 
 
-def _triton_multiplies(rows: Tensor, weight: Weight) -> bool:
+def triton_multiplies(rows: Tensor, weight: Weight) -> bool:
     """Whether Triton's matmul is worth a try: in 16 bits not without tensor cores."""
     if not _triton_takes(rows, weight):
         return False
     return rows.dtype == torch.float32 or _triton.tensor_cores(rows.device)
 
 
-def _cuda_takes(
+def cuda_takes(
     m: int, n: int, k: int, dtype: torch.dtype, weight: Weight, *, dx: bool = False
 ) -> bool:
     if backend() == "triton" or weight.device.type not in _cuda.DEVICES:

@@ -9,6 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fusetune.ops._multi_lora_linear_cpu import CPU_BACKWARD, CPU_FORWARD
+from fusetune.ops._multi_lora_linear_gpu import GPU_BACKWARD, GPU_FORWARD
 from fusetune.ops._registry import Impl, Op, decode_int16, define, plain
 from fusetune.ops._weight import ARGUMENTS, SCHEMA, Weight, as_rows, flatten, unflatten
 from fusetune.ops.linear_4bit import sum_rows
@@ -55,10 +56,14 @@ def _reference_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 OP = Op(
-    "multi_lora_linear", CPU_FORWARD, Impl("reference", _reference_forward, lambda case: None, 0)
+    "multi_lora_linear",
+    GPU_FORWARD,
+    CPU_FORWARD,
+    Impl("reference", _reference_forward, lambda case: None, 0),
 )
 OP_BACKWARD = Op(
     "multi_lora_linear_backward",
+    GPU_BACKWARD,
     CPU_BACKWARD,
     Impl("reference", reference.multi_lora_linear_backward, lambda case: None, 0),
 )
@@ -98,9 +103,13 @@ def _bias_grads(
     if adapter_of is None:
         return dbias, sum_rows(dy, lora_bias).expand(count, -1)
     of_rows = dy.flatten(1, -2).sum(1, dtype=lora_bias) if dy.dim() > 2 else dy.to(lora_bias)
-    owners = torch.tensor(adapter_of, dtype=torch.int64, device=dy.device) + 1  # 0: of no adapter
-    sums = of_rows.new_zeros(count + 1, dy.shape[-1]).index_add(0, owners, of_rows)
-    return dbias, sums[1:]
+    owners = torch.tensor([owner + 1 for owner in adapter_of], dtype=torch.int64)  # 0: of none
+    owners = owners.to(dy.device, non_blocking=True)  # the host does not wait
+    sums = of_rows.new_zeros(count + 1, dy.shape[-1])
+    if dy.is_cpu:
+        return dbias, sums.index_add(0, owners, of_rows)[1:]
+    # On a GPU index_add's result would change from run to run.
+    return dbias, sums.index_put((owners,), of_rows, accumulate=True)[1:]
 
 
 # --- autograd, eager: without the dispatcher ------------------------------------------------------
@@ -164,7 +173,12 @@ def _run(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _run_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     dx, dA, dB = _backward(dy, x, unflatten(args[:ARGUMENTS]), *args[ARGUMENTS:])
-    return _or_empty(dy, [dx])[0], _or_empty(dy, dA), _or_empty(dy, dB)
+    return _or_empty(dy, [dx])[0], _apart(_or_empty(dy, dA)), _apart(_or_empty(dy, dB))
+
+
+def _apart(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Each in memory of its own, which torch.library asks for: GPUs' lie in one tensor."""
+    return [g if g.untyped_storage().nbytes() == g.nbytes else g.clone() for g in grads]
 
 
 def _or_empty(dy: Tensor, grads: Sequence[Tensor | None]) -> list[Tensor]:

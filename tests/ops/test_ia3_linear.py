@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import linear
 
 from fusetune import ops
-from fusetune.ops._scale_columns import column_sums
 from fusetune.ops._weight import flatten
 
 F32, F16, BF16 = DTYPES
@@ -256,30 +255,7 @@ def test_bad_arguments(arguments, error, names):
         ops.ia3_linear(**(good | arguments))
 
 
-# --- sums over rows -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 5), (64, 33), (65, 2049), (1000, 8)])
-def test_sums_over_rows(shape, dtype):
-    dy = torch.randn(shape).to(dtype)
-    exact = dy.double().sum(0)
-    assert_close("sum", column_sums(dy), exact, dy.float().sum(0), dy.double().abs().sum(0))
-
-
-def test_sums_do_not_depend_on_threads():
-    dy = torch.randn(4099, 130)
-    with one_thread():
-        alone = column_sums(dy)
-    assert all(torch.equal(column_sums(dy), alone) for _ in range(3))
-
-
 # --- torch.library --------------------------------------------------------------------------------
-
-
-def test_opcheck_of_sums(backend):
-    dy = torch.randn(70, 9, requires_grad=True)
-    torch.library.opcheck(torch.ops.fusetune.column_sums.default, (dy,), atol=1e-5, rtol=0)
 
 
 @PLACES

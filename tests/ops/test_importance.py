@@ -69,7 +69,8 @@ def test_every_instruction_set(isa, dim):
     set_isa(isa)
     try:
         with use_backend("cpu"):
-            check(inputs(shapes=[(5, n) for n in (1, 3, 15, 17, 31, 33, 100)]), dim)
+            shapes = [(5, n) for n in (1, 3, 15, 17, 31, 33, 100)]
+            check(inputs(shapes=[*shapes, (203, 12), (40, 1), (100, 31)]), dim)
     finally:
         set_isa(before)
 

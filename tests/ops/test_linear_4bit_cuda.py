@@ -191,33 +191,37 @@ def test_offsets_above_2_to_the_31(run, m, dtype):
         assert torch.equal(_cuda.linear_4bit_dx(apart(dy), w), _cuda.linear_4bit_dx(dy, w))
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_weights_of_more_than_2_to_the_31_elements(run, monkeypatch, double_quant):
-    """The last CTA of each kernel decodes what lies above; the others are left out. Codes and
-    statistics lie in untouched pages but for the last rows."""
-    k, last = 2**17, 128
-    n = 2**31 // k + last
-    small = _quantized((last, k), double_quant=double_quant)
+def untouched(count, dtype):
+    """Pages that nobody writes take no memory."""
+    whole = torch.empty(0, dtype=torch.uint8)
+    return whole.set_(torch.UntypedStorage(dtype.itemsize * count)).view(dtype)
 
-    def untouched(count, dtype):
-        whole = torch.empty(0, dtype=torch.uint8)
-        return whole.set_(torch.UntypedStorage(dtype.itemsize * count)).view(dtype)
 
-    def behind(part, elements):
-        count = n * k // elements
-        few = count < 2**20  # not worth pages of their own, which would be zero
-        whole = torch.zeros(count, dtype=part.dtype) if few else untouched(count, part.dtype)
-        whole[-part.numel() :] = part.reshape(-1)
-        return whole
+@pytest.fixture(params=[False, True])
+def above(request, run, monkeypatch):
+    """Weights of a little more than 2**31 elements, and their last rows alone: only the last CTA of
+    each kernel is executed, which decodes these. Codes and statistics of the others lie in
+    untouched pages. Few columns for what sums over them, few rows for what sums over those: the
+    simulator's time is that of the sum."""
+    last = 128
 
-    fields = {"packed": behind(small.packed, 2), "absmax": behind(small.absmax, small.blocksize)}
-    if double_quant:
-        elements = small.blocksize * small.nested_blocksize
-        fields["nested_absmax"] = behind(small.nested_absmax, elements)
-    large = small._replace(fields | {"shape": torch.Size((n, k))})
-    x, dy = torch.randn(9, k).half(), torch.zeros(9, n).half()
-    dy[:, -last:] = torch.randn(9, last)
-    out, exact = untouched(n * k, torch.float16), ops.dequantize_4bit(small, torch.float16)
+    def weights(k):
+        n = 2**31 // k + last
+        small = _quantized((last, k), double_quant=request.param)
+
+        def behind(part, elements):
+            count = n * k // elements
+            few = count < 2**20  # not worth pages of their own, which would be zero
+            whole = torch.zeros(count, dtype=part.dtype) if few else untouched(count, part.dtype)
+            whole[-part.numel() :] = part.reshape(-1)
+            return whole
+
+        fields = {"packed": behind(small.packed, 2)}
+        fields["absmax"] = behind(small.absmax, small.blocksize)
+        if request.param:
+            elements = small.blocksize * small.nested_blocksize
+            fields["nested_absmax"] = behind(small.nested_absmax, elements)
+        return small._replace(fields | {"shape": torch.Size((n, k))}), small
 
     whole = Program.launch
 
@@ -225,12 +229,26 @@ def test_weights_of_more_than_2_to_the_31_elements(run, monkeypatch, double_quan
         return whole(program, kernel, grid, *args, **options, first=math.prod(grid) - 1)
 
     monkeypatch.setattr(Program, "launch", last_only)
+    return weights
+
+
+def test_weights_of_more_than_2_to_the_31_elements(above):
+    large, small = above(2**12)
+    x = torch.randn(9, 2**12).half()
     for rows, columns in ((x[:1], 16), (x, 128)):
         got, expected = (_cuda.linear_4bit(rows, w, splits=1) for w in (large, small))
         assert torch.equal(got[-8:, -columns:], expected[-8:, -columns:])
+
+
+def test_weights_of_more_than_2_to_the_31_elements_backwards(above):
+    large, small = above(2**17)
+    (n, k), last = large.shape, small.shape[0]
+    dy = torch.zeros(9, n).half()
+    dy[:, -last:] = torch.randn(9, last)
     got = _cuda.linear_4bit_dx(dy, large, splits=1)
     expected = _cuda.linear_4bit_dx(dy[:, -last:], small, splits=1)
     assert torch.equal(got[:, -128:], expected[:, -128:])
+    out, exact = untouched(n * k, torch.float16), ops.dequantize_4bit(small, torch.float16)
     _cuda.dequantize_4bit(large, out)
     assert torch.equal(out[-1024:], exact.view(-1)[-1024:])
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusetune.methods.adalora.tuner import tuner_of
+from fusetune.methods.adalora.tuner import WALK, tuner_of
 from fusetune.nn.adalora_layers import Triplets, special, triplets
 
 
@@ -41,6 +41,7 @@ def compact(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]
     for each, left in zip(layers, flags, strict=True):
         _drop(each, left, name)
     config.rank_pattern = pattern
+    tuner.__dict__.pop(WALK, None)  # it has the old parameters
     if tuner.__dict__.get("trainable_adapter_name") == name:
         tuner.rankallocator.reset_ipt()
     return {each.name: sum(left) for each, left in zip(layers, flags, strict=True)}

@@ -7,6 +7,8 @@ from typing import Any
 from peft.tuners.adalora import AdaLoraModel
 from torch import nn
 
+WALK = "_fusetune_walk"  # in the tuner: the allocator's `Walk` of its last step
+
 
 def tuner_of(model: nn.Module) -> Any:
     """The `AdaLoraModel` in a model. Raises TypeError, or ValueError where there is none."""
