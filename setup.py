@@ -87,9 +87,9 @@ def cuda_targets(nvcc):
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
-def compile_jobs():
-    """(source, directory for the object, flags) of every object file."""
-    has = [f"-DFUSETUNE_HAS_{isa.upper()}" for isa in ISAS]
+def compile_jobs(isas=ISAS):
+    """(source, directory for the object, flags) of every object file for these instruction sets."""
+    has = [f"-DFUSETUNE_HAS_{isa.upper()}" for isa in isas]
     jobs = []
     for source in [*sorted(CSRC.glob("*.cpp")), *sorted((CSRC / "cpu").glob("*.cpp"))]:
         if source.name == "bindings_cuda.cpp":
@@ -97,7 +97,7 @@ def compile_jobs():
         if source.parent == CSRC or source.name in ONCE:
             jobs.append((source, "common", has))
             continue
-        for isa, flags in ISAS.items():
+        for isa, flags in isas.items():
             define = [f"-DFUSETUNE_ISA={isa}", f"-DFUSETUNE_ISA_{isa.upper()}=1"]
             jobs.append((source, isa, [*define, *flags]))
     return jobs
