@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -50,7 +49,9 @@ Found = dict[str, dict[str, Any]]  # {"sm_80, lora_da": {"registers": 80, ...}}
 
 def compiled_triton() -> Found:
     """Every Triton case on every architecture where the ops offer it."""
-    tasks = [(case.name, arch) for case in TRITON for arch in case.archs(MAX_SHARED)]
+    # Several cases a task: their machine code is read at once.
+    names = [case.name for case in TRITON]
+    tasks = [(names[i : i + 8], arch) for i in range(0, len(names), 8) for arch in MAX_SHARED]
     sources = ["kernels/triton", "pylib/sim/compile.py"]
     return _kept("compiled-triton", sources, lambda: _in_processes(_compile, tasks))
 
@@ -101,18 +102,27 @@ def toolchain() -> dict[str, str]:
     return {"triton": importlib.metadata.version("triton"), "nvcc": release[1]}
 
 
-def _compile(name: str, arch: int) -> Found:
-    case = _case(TRITON, name)
+def _compile(names: list[str], arch: int) -> Found:
+    """Of these cases, those that the ops offer on sm_`arch`."""
+    cases = [case for case in TRITON if case.name in names and case.archs([arch])]
+    launched: dict[str, list[offline.Kernel]] = {}
     with offline.triton_kernels(arch) as kernels, accept_cpu_tensors("triton"):
-        case.call(case.full, arch)
-    found = [kernel.usage for kernel in kernels if kernel.name == case.kernel]
+        for case in cases:
+            before = len(kernels)
+            case.call(case.full, arch)
+            launched[case.name] = [k for k in kernels[before:] if k.name == case.kernel]
+    return {f"sm_{arch}, {case.name}": _needed(case, launched[case.name], arch) for case in cases}
+
+
+def _needed(case: Case, launched: list[offline.Kernel], arch: int) -> dict[str, Any]:
+    found = [kernel.usage for kernel in launched]
     usage = max(found, key=lambda one: (one.spills, one.stack, one.registers))  # of its launches
     # Triton multiplies by FMA on sm_75.
     needs = [what for what in case.needs if arch >= 80 or what != "tensor cores"]
     if case.newest and arch in NEWEST_TENSOR_CORES:
         has = usage.count(NEWEST_TENSOR_CORES[arch]) > 0
-        return {f"sm_{arch}, {name}": resources(usage, arch, needs, [] if has else ["newest"])}
-    return {f"sm_{arch}, {name}": resources(usage, arch, needs)}
+        return resources(usage, arch, needs, [] if has else ["newest"])
+    return resources(usage, arch, needs)
 
 
 def resources(
@@ -148,18 +158,10 @@ _TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 
 def _take_apart(module: Path) -> Found:
     found: Found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        tool = offline._tool("cuobjdump")
-        command = [tool, "--extract-elf", "all", str(module)]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        for cubin in Path(folder).glob("*.cubin"):
-            matched = re.search(r"\.sm_(\d+)\.cubin", cubin.name)
-            assert matched is not None
-            arch = int(matched[1])
-            for mangled, usage in offline.usage_of(cubin.read_bytes()).items():
-                kernel, label, dtype = demangled(mangled)
-                if dtype != "bf16" or arch >= 80:  # sm_75 has no bf16: its kernels are empty
-                    found[f"sm_{arch}, {label}"] = resources(usage, arch, _CUDA_NEEDS[kernel])
+    for (arch, mangled), usage in offline.built_kernels(module).items():
+        kernel, label, dtype = demangled(mangled)
+        if dtype != "bf16" or arch >= 80:  # sm_75 has no bf16: its kernels are empty
+            found[f"sm_{arch}, {label}"] = resources(usage, arch, _CUDA_NEEDS[kernel])
     return found
 
 

@@ -1,7 +1,6 @@
 """What nvcc made of the CUDA kernels, for every architecture: the built module is taken apart."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,20 +12,12 @@ pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def kernels():
     """{(architecture, mangled name): usage}."""
     built = [*Path(fusetune.__file__).parent.glob("_cuda.*.so")]
     if not built:
         pytest.skip("the CUDA kernels are not built: that takes nvcc")
-    folder = tmp_path_factory.mktemp("cubins")
-    tool = compiled._tool("cuobjdump")
-    subprocess.run([tool, "--extract-elf", "all", built[0]], cwd=folder, check=True)
-    found = {}
-    for cubin in folder.glob("*.cubin"):
-        arch = int(re.search(r"\.sm_(\d+)\.cubin", cubin.name).group(1))
-        for name, usage in compiled.usage_of(cubin.read_bytes()).items():
-            found[arch, name] = usage
-    return found
+    return compiled.built_kernels(built[0])
 
 
 def of(kernels, pattern):
