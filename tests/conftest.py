@@ -20,8 +20,11 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 torch.manual_seed(0)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Marks what runs on a card, so that `-m gpu` selects it."""
+    """Marks what runs on a card, so that `-m gpu` selects it. Slow tests come first: of several
+    processes none is left with a long one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if parameters.get("backend") in ("triton", "cuda") or parameters.get("arch") == "card":

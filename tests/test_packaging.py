@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import aarch64
+import pytest
 from one_at_a_time import alone
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +52,7 @@ def test_wheel_works_elsewhere(tmp_path):
     assert "scalar" in result.stdout
 
 
+@pytest.mark.slow
 def test_wheel_for_another_machine(tmp_path):
     """Built by a cross compiler: the wheel and its native module are for aarch64."""
     build_wheel(tmp_path, aarch64.environment())

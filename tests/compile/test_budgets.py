@@ -22,6 +22,7 @@ from fusetune.sim.ptx.trace import Trace
 RECORDED = json.loads(budgets.RECORD.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", budgets_found.PARTS)
 def test_kernels_keep_to_their_budgets(part):
     try:

