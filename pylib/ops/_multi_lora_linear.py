@@ -103,7 +103,8 @@ def _bias_grads(
     if adapter_of is None:
         return dbias, sum_rows(dy, lora_bias).expand(count, -1)
     of_rows = dy.flatten(1, -2).sum(1, dtype=lora_bias) if dy.dim() > 2 else dy.to(lora_bias)
-    owners = torch.tensor([owner + 1 for owner in adapter_of], dtype=torch.int64)  # 0: of none
+    numbers = [owner + 1 for owner in adapter_of]  # 0: of none
+    owners = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     owners = owners.to(dy.device, non_blocking=True)  # the host does not wait
     sums = of_rows.new_zeros(count + 1, dy.shape[-1])
     if dy.is_cpu:

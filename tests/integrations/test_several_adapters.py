@@ -6,11 +6,14 @@ import pickle
 import pytest
 import tiny_models
 import torch
+from backends import simulated
 from model_equality import assert_near, float64_copy, step
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
+from tolerance import assert_same
 
 import fusetune
+from fusetune import ops
 
 NAMES = ["default", "second", "third"]
 ROWS = ["second", "__base__", "default", "second", "third"]
@@ -230,6 +233,37 @@ def test_generation_equals_stock(beams, calls):
     expected = stock.eval().generate(**options)
     assert torch.equal(fused.eval().generate(**options), expected)
     assert calls.count("multi_lora_linear") == 7 * 4
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_rows_on_a_gpu_take_its_kernels(four_bit, dropout, calls):
+    """Simulated. With dropout: against the reference, whose masks are the same."""
+    _, fused, _ = pair(four_bit=four_bit, dropout=dropout)
+    layer = fused.get_submodule(GATE).train()
+    x = torch.randn(5, 2, 64)
+
+    def run():
+        torch.manual_seed(1)
+        given = x.clone().requires_grad_()
+        layer.zero_grad()
+        y = layer(given, adapter_names=ROWS)
+        y.square().sum().backward()
+        grads = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+        return {"y": y.detach(), "x": given.grad, **grads}
+
+    with simulated("triton-sim") as simulation:
+        got = run()
+    assert {"_shrink", "_ds_db", "_da", "_linear"} <= {one.kernel for one in simulation.launches}
+    with ops.use_backend("reference"):
+        expected = run()
+    assert calls == ["multi_lora_linear"] * 2
+    assert {"lora_A.default.weight", "lora_B.second.weight"} <= expected.keys() == got.keys()
+    for name, value in expected.items():
+        assert_same(got[name], value, name)
 
 
 # --- what PEFT refuses ----------------------------------------------------------------------------
