@@ -18,6 +18,6 @@ def test_trainer(model_folder, tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    # Seven linear layers, the MLP and two norms in each of two blocks; norm, lm_head and the loss.
-    assert "23 of 23 fused" in result.stdout
+    # Seven linear layers, attention, MLP and two norms in each of two blocks; norm, head and loss.
+    assert "25 of 25 fused" in result.stdout
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
