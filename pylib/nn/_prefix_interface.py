@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 from fusetune.nn._prefix_joined import joined, prefix_bias
 from fusetune.nn._prefix_layout import Stack
 from fusetune.nn._prefix_stack import KEYWORD, PLACE, Call
-from fusetune.nn.fused_sdpa import NAME, STOCK
+from fusetune.nn.fused_sdpa import NAME, STOCK, seen, transformed
 from fusetune.ops._registry import OPS, backend
 from fusetune.ops.prefix_attention import prefix_attention
 
@@ -151,10 +150,7 @@ def _reason(
     if not autocast and not query.dtype == key.dtype == value.dtype:
         return "mixed dtypes"
     if not torch.compiler.is_compiling() and (
-        type(query) not in (Tensor, nn.Parameter)
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        type(query) not in (Tensor, nn.Parameter) or transformed()
     ):
         return "a function transform, or a tensor of another kind"
     if backend() != "auto":
@@ -179,17 +175,11 @@ def _fused(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         segment = segment[0].float(), segment[1].float()
-    tokens, keys = query.shape[2], key.shape[2]
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    causal = bool(causal) and tokens > 1 and mask is None
+    tokens = query.shape[2]
+    key, value, mask, causal = seen(module, query, key, value, mask, kwargs.get("is_causal"))
     bias = kwargs.get("position_bias")
-    if causal and keys > tokens:  # an empty static cache: what comes after is not written yet
-        key, value = key[:, :, :tokens], value[:, :, :tokens]
-        bias = None if bias is None else bias[..., :tokens]
-    if mask is not None:
-        mask = mask[..., : key.shape[2]]
     if bias is not None:
+        bias = bias[..., : key.shape[2]]
         if causal:
             mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
             causal = False

@@ -109,21 +109,41 @@ def _attention(
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    tokens, keys = query.shape[2], key.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and tokens > 1 and attention_mask is None
-    if causal and keys > tokens:  # an empty static cache: what comes after is not written yet
-        key, value = key[:, :, :tokens], value[:, :, :tokens]
-    if attention_mask is not None:
-        attention_mask = attention_mask[..., : key.shape[2]]
+    key, value, mask, causal = seen(module, query, key, value, attention_mask, is_causal)
     out = attention(
         *(query, key, value),
-        attn_mask=attention_mask,
+        attn_mask=mask,
         is_causal=causal,
         scale=scaling,
         dropout_p=dropout,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def seen(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool | None,
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """(key, value, mask, whether it is causal) of a call, as transformers' sdpa takes them."""
+    tokens = query.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and tokens > 1 and mask is None
+    if causal and key.shape[2] > tokens:  # an empty static cache: what comes is not written yet
+        key, value = key[:, :, :tokens], value[:, :, :tokens]
+    return key, value, None if mask is None else mask[..., : key.shape[2]], causal
+
+
+def transformed() -> bool:
+    """Whether a tracer or a transform of functions has to see each operator."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def _fusable(
@@ -148,13 +168,7 @@ def _fusable(
     dtype = torch.get_autocast_dtype("cpu") if autocast else query.dtype
     # Without dropout torch has a fused kernel, which in 16 bits may use the CPU's units for them.
     alone = dtype == torch.float32 and query.shape[2] > 1 and key.shape[2] <= MOST_KEYS
-    if not dropout and not alone:
-        return False
-    if (
-        torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    ):
+    if transformed() or not (dropout or alone):
         return False
     return dtype in _DTYPES and (
         backend() != "auto" or OPS["attention"].carrier("cpu", dtype, None) != "reference"

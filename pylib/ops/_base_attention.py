@@ -14,6 +14,8 @@ import torch
 from torch.backends import cuda
 
 from fusetune.ops import _base_attention_cpu
+from fusetune.reference import attention as reference
+from fusetune.reference.attention import Options, repeated, sum_of_groups
 from fusetune.reference.linear_4bit import accumulate_dtype
 
 Tensor = torch.Tensor
@@ -39,8 +41,8 @@ def attend(
     elif kernel == "efficient":
         out, lse = aten._scaled_dot_product_efficient_attention(
             query,
-            _repeated(key, query),
-            _repeated(value, query),
+            repeated(key, query),
+            repeated(value, query),
             _for_efficient(bias, query, key),
             True,
             0.0,
@@ -49,7 +51,7 @@ def attend(
         )[:2]
         lse = lse[..., : query.shape[2]]
     else:
-        return _attend_plainly(query, key, value, bias, causal, scale)
+        return reference.attention(query, key, value, Options(bias, causal, scale))
     return out, _inf_where_masked(lse, bias)
 
 
@@ -84,7 +86,8 @@ def attend_backward(
         )
     if kernel == "efficient":
         return _efficient_backward(dout, query, key, value, bias, causal, scale, out, lse)
-    return _plain_backward(dout, query, key, value, bias, causal, scale, out, lse)
+    options = Options(bias, causal, scale)
+    return reference.attention_backward(dout, query, key, value, out, lse, options)
 
 
 # --- which kernel ---- ----------------------------------------------------------------------------
@@ -100,7 +103,7 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, caus
     params = cuda.SDPAParams(query, key, value, bias, 0.0, causal, grouped)
     if bias is None and cuda.can_use_flash_attention(params):
         return "flash"
-    key, value = _repeated(key, query), _repeated(value, query)
+    key, value = repeated(key, query), repeated(value, query)
     params = cuda.SDPAParams(query, key, value, bias, 0.0, causal, False)
     return "efficient" if cuda.can_use_efficient_attention(params) else "plain"
 
@@ -132,12 +135,6 @@ def _inf_where_masked(lse: Tensor, bias: Tensor | None) -> Tensor:
 # --- torch's memory-efficient kernel ---- ---------------------------------------------------------
 
 
-def _repeated(x: Tensor, query: Tensor) -> Tensor:
-    """Keys or values for every head of the query."""
-    times = query.shape[1] // x.shape[1]
-    return x if times == 1 else x.repeat_interleave(times, 1)
-
-
 def _for_efficient(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     """In the query's dtype, expanded, and with rows at multiples of 16 bytes."""
     if bias is None:
@@ -162,59 +159,9 @@ def _efficient_backward(
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
     nothing = torch.empty((), dtype=torch.int64, device=query.device)  # of dropout
     dquery, dkey, dvalue, _ = aten._scaled_dot_product_efficient_attention_backward(
-        *(dout, query, _repeated(key, query), _repeated(value, query)),
+        *(dout, query, repeated(key, query), repeated(value, query)),
         *(_for_efficient(bias, query, key), out, lse, nothing, nothing, 0.0),
         *([True, True, True, False], causal),
         scale=scale,
     )
-    return dquery, _sum_of_groups(dkey, key), _sum_of_groups(dvalue, value)
-
-
-def _sum_of_groups(gradient: Tensor, x: Tensor) -> Tensor:
-    """gradient [B, Hq, S, D] summed over the query heads that share a head of x [B, Hkv, S, D]."""
-    if gradient.shape == x.shape:
-        return gradient
-    return gradient.unflatten(1, (x.shape[1], -1)).sum(2)
-
-
-# --- plain matmuls ---- ---------------------------------------------------------------------------
-
-
-def _scores(query: Tensor, key: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
-    acc = accumulate_dtype(query.dtype)
-    scores = scale * query.to(acc) @ _repeated(key, query).to(acc).mT
-    if causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
-        scores = scores.masked_fill(~seen, -torch.inf)
-    return scores if bias is None else scores + bias.to(acc)
-
-
-def _attend_plainly(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    scores = _scores(query, key, bias, causal, scale)
-    lse = scores.logsumexp(-1)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    p = (scores - lse.unsqueeze(-1)).exp()
-    return (p @ _repeated(value, query).to(p.dtype)).to(query.dtype), lse
-
-
-def _plain_backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    p = (_scores(query, key, bias, causal, scale) - lse.unsqueeze(-1)).exp()
-    upper = dout.to(p.dtype)
-    delta = (upper * out.to(p.dtype)).sum(-1, keepdim=True)
-    ds = scale * p * (upper @ _repeated(value, query).to(p.dtype).mT - delta)
-    dquery = ds @ _repeated(key, query).to(p.dtype)
-    dkey = _sum_of_groups(ds.mT @ query.to(p.dtype), key)
-    dvalue = _sum_of_groups(p.mT @ upper, value)
-    return dquery.to(query.dtype), dkey.to(key.dtype), dvalue.to(value.dtype)
+    return dquery, sum_of_groups(dkey, key), sum_of_groups(dvalue, value)

@@ -44,7 +44,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tu
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     weights = (scores - lse.unsqueeze(-1)).exp()
     weights = weights * _factors(weights, options)
-    return (weights @ _repeated(value, query).to(weights.dtype)).to(query.dtype), lse
+    return (weights @ repeated(value, query).to(weights.dtype)).to(query.dtype), lse
 
 
 def attention_backward(
@@ -60,16 +60,16 @@ def attention_backward(
     p = (_scores(query, key, options) - lse.unsqueeze(-1)).exp()
     factors, upper = _factors(p, options), dout.to(p.dtype)
     delta = (upper * out.to(p.dtype)).sum(-1, keepdim=True)
-    ds = options.scale * p * (factors * (upper @ _repeated(value, query).to(p.dtype).mT) - delta)
-    dquery = ds @ _repeated(key, query).to(p.dtype)
-    dkey = _sum_of_groups(ds.mT @ query.to(p.dtype), key)
-    dvalue = _sum_of_groups((p * factors).mT @ upper, value)
+    ds = options.scale * p * (factors * (upper @ repeated(value, query).to(p.dtype).mT) - delta)
+    dquery = ds @ repeated(key, query).to(p.dtype)
+    dkey = sum_of_groups(ds.mT @ query.to(p.dtype), key)
+    dvalue = sum_of_groups((p * factors).mT @ upper, value)
     return dquery.to(query.dtype), dkey.to(key.dtype), dvalue.to(value.dtype)
 
 
 def _scores(query: Tensor, key: Tensor, options: Options) -> Tensor:
     acc = accumulate_dtype(query.dtype)
-    scores = options.scale * query.to(acc) @ _repeated(key, query).to(acc).mT
+    scores = options.scale * query.to(acc) @ repeated(key, query).to(acc).mT
     if options.causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
         return scores.masked_fill(~seen, -torch.inf)
@@ -89,13 +89,13 @@ def _factors(weights: Tensor, options: Options) -> Tensor | float:
     return kept.to(weights.dtype) * threshold_and_scale(options.dropout_p)[1]
 
 
-def _repeated(x: Tensor, query: Tensor) -> Tensor:
+def repeated(x: Tensor, query: Tensor) -> Tensor:
     """Keys or values for every head of the query."""
     times = query.shape[1] // x.shape[1]
     return x if times == 1 else x.repeat_interleave(times, 1)
 
 
-def _sum_of_groups(gradient: Tensor, x: Tensor) -> Tensor:
+def sum_of_groups(gradient: Tensor, x: Tensor) -> Tensor:
     """gradient [B, Hq, S, D] summed over the query heads that share a head of x [B, Hkv, S, D]."""
     if gradient.shape == x.shape:
         return gradient

@@ -103,6 +103,22 @@ struct AttentionExact {
   }
 };
 
+// Where the exact one is infinite, so is the kernel's.
+void compare_lse(Result& result, const Floats& lse, const Doubles& exact, const Doubles& sizes, double terms,
+                 const std::string& name) {
+  Doubles finite, got, size;
+  for (size_t i = 0; i < lse.size(); ++i) {
+    if (std::isinf(exact[i]) && lse[i] == INFINITY) continue;
+    got.push_back(lse[i]), finite.push_back(exact[i]), size.push_back(sizes[i]);
+  }
+  compare(result, got, finite, size, terms, Dtype::f32, name);
+}
+
+// What `out` is rounded by in its storage type, which comes to delta.
+double rounding_of_out(Dtype dtype) {
+  return dtype == Dtype::f32 ? 0 : dtype == Dtype::f16 ? 0x1p-11 / kUnit : 0x1p-8 / kUnit;
+}
+
 void check_attention_case(const Kernels& kernels, AttentionCase& c, AttentionResults& results,
                           const std::string& name) {
   c.randomize();
@@ -111,17 +127,11 @@ void check_attention_case(const Kernels& kernels, AttentionCase& c, AttentionRes
   kernels.attention(c.attention(), c.queries(c.out), lse.data());
   const double terms = std::sqrt(double(c.dim + c.keys));
   compare(results.out, c.out.values(), exact.out, exact.out_size, terms, c.dtype, name);
-  Doubles finite, got, size;
-  for (size_t i = 0; i < lse.size(); ++i) {
-    if (std::isinf(exact.lse[i]) && lse[i] == INFINITY) continue;
-    got.push_back(lse[i]), finite.push_back(exact.lse[i]), size.push_back(exact.lse_size[i]);
-  }
-  compare(results.lse, got, finite, size, terms, Dtype::f32, name);
+  compare_lse(results.lse, lse, exact.lse, exact.lse_size, terms, name);
 
   kernels.attention_backward(c.attention(), {c.queries(c.dout), c.queries(c.out), lse.data(), c.queries(c.dquery),
                                              c.of_keys(c.dkey), c.of_keys(c.dvalue)});
-  // What `out` is rounded by in its storage type comes to delta.
-  const double of_out = c.dtype == Dtype::f32 ? 0 : c.dtype == Dtype::f16 ? 0x1p-11 / kUnit : 0x1p-8 / kUnit;
+  const double of_out = rounding_of_out(c.dtype);
   const double sums = std::sqrt(double(c.heads / c.kv_heads * c.tokens)) + terms + of_out;
   compare(results.dquery, c.dquery.values(), exact.dquery, exact.dquery_size, terms + of_out, c.dtype, name);
   compare(results.dkey, c.dkey.values(), exact.dkey, exact.dkey_size, sums, c.dtype, name);
