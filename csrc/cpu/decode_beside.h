@@ -44,18 +44,19 @@ struct Rectangle {
   int shift, nested_shift;
   int64_t pieces;     // of a row
   uint64_t row_step;  // from the end of a row's pieces to the next row's
-  uint64_t ahead;     // prefetching
+  uint64_t ahead;     // elements, to what is asked for meanwhile
   int64_t dst_step;
 
   // rows_at_once: that a piece takes; dst_row: floats that a row's columns fill; stride: from one of them to the next
-  Rectangle(const Rows& rows, int64_t cols, int64_t pieces, int rows_at_once, int64_t dst_row, int64_t stride)
+  Rectangle(const Rows& rows, int64_t cols, int64_t pieces, int rows_at_once, int64_t dst_row, int64_t stride,
+            uint64_t ahead)
       : w(*rows.quantized),
         code(rows.code),
         shift(rows.block_shift),
         nested_shift(rows.nested_shift),
         pieces(pieces),
         row_step(static_cast<uint64_t>(rows_at_once * w.cols - cols)),
-        ahead(static_cast<uint64_t>(kPrefetchRows * w.cols)),
+        ahead(ahead),
         dst_step(stride - dst_row) {}
 
   template <bool nested>
@@ -100,8 +101,8 @@ struct DecodeRuns {
   float absmax[kMaxRuns];  // of each run, where nested: three dependent loads would be too much beside a tile
 
   DecodeRuns(const Rows& rows, int64_t row, int64_t count, int64_t col, int64_t cols, float* dst, int64_t stride,
-             int64_t group)
-      : at(rows, cols, cols / kHalf, 1, cols, stride),
+             int64_t group, uint64_t ahead)
+      : at(rows, cols, cols / kHalf, 1, cols, stride, ahead),
         cursor(cursor_at(rows, row, col, dst)),
         tiles(group / kColumnsBeside) {
     if constexpr (nested) {
@@ -178,8 +179,8 @@ struct DecodeRuns {
   int64_t tiles;  // that have to decode until all is done
 
   DecodeRuns(const Rows& rows, int64_t row, int64_t, int64_t col, int64_t cols, float* dst, int64_t stride,
-             int64_t group)
-      : at(rows, cols, cols / kRun, 1, cols / Elements::WideVec::elements, stride),
+             int64_t group, uint64_t ahead)
+      : at(rows, cols, cols / kRun, 1, cols / Elements::WideVec::elements, stride, ahead),
         cursor(cursor_at(rows, row, col, dst)),
         tiles(group / kColumnsBeside) {}
 
@@ -188,13 +189,14 @@ struct DecodeRuns {
     const auto scaled = at.codebook_at<nested>(next.i);
     at.prefetch<nested>(next.i + at.ahead);
 #pragma GCC unroll 4
-    for (int j = 0; j < kRun / 32; ++j) {
-      F v[32 / kLanes];
-      decode32(at.w.packed + next.i / 2 + j * 16, scaled, v);
+    for (int j = 0; j < kRun; j += 2 * kLanes) {
+      const uint8_t* from = at.w.packed + (next.i + j) / 2;
+      const F a = decode16_beside_fma(from, scaled), b = decode16_beside_fma(from + kLanes / 2, scaled);
       if constexpr (std::is_same_v<Elements, Floats>) {
-        for (int l = 0; l < 32 / kLanes; ++l) store(next.dst + 32 * j + l * kLanes, v[l]);
+        store(next.dst + j, a);
+        store(next.dst + j + kLanes, b);
       } else {
-        store(next.dst + 16 * j, Elements::to_pairs(v[0], v[1]));
+        store(next.dst + j / 2, Elements::to_pairs(a, b));
       }
     }
     at.advance(next, kRun, kFloats);
@@ -213,8 +215,9 @@ struct DecodeRowPairs {
   Cursor cursor;
   int64_t tiles;  // that have to decode until all is done
 
-  DecodeRowPairs(const Rows& rows, int64_t row, int64_t col, int64_t cols, float* dst, int64_t stride, int64_t group)
-      : at(rows, cols, cols / kColumns, 2, cols, stride),
+  DecodeRowPairs(const Rows& rows, int64_t row, int64_t col, int64_t cols, float* dst, int64_t stride, int64_t group,
+                 uint64_t ahead)
+      : at(rows, cols, cols / kColumns, 2, cols, stride, ahead),
         cursor(cursor_at(rows, row, col, dst)),
         tiles(group / kColumnsBeside) {}
 
@@ -227,7 +230,7 @@ struct DecodeRowPairs {
     at.prefetch<nested>(below + at.ahead);
 #pragma GCC unroll 4
     for (int j = 0; j < kColumns; j += kLanes) {
-      const F a = decode16(upper + j / 2, upper_code), b = decode16(lower + j / 2, lower_code);
+      const F a = decode16_beside_fma(upper + j / 2, upper_code), b = decode16_beside_fma(lower + j / 2, lower_code);
       store(next.dst + j, Elements::zip_pairs(a, b));
     }
     at.advance(next, kColumns, kColumns);

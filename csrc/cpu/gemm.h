@@ -3,10 +3,10 @@
 // Tiling. A task owns a block of rows x columns of the output and keeps it, transposed and in fp32, in `acc`. For each
 // slice of the reduction it packs the left operand once (transposed, so that lanes are rows), then decodes the
 // weight one column group at a time into a buffer that stays in L1/L2 (on x86 while the group before it is
-// multiplied; for 25 to 32 rows not at all: look_up.h), and runs register tiles over it. Bytes per task and slice: the
-// 4-bit weight is read once (columns * depth / 2), the left slice once (rows * depth * 4), acc is read and written once
-// (rows * columns * 8, from L2) for rows * columns * depth FMAs. Neither a dequantised weight nor a converted
-// activation exists beyond a slice, but for up to 64 rows, packed once for all tasks.
+// multiplied), and runs register tiles over it. Bytes per task and slice: the 4-bit weight is read once (columns * depth
+// / 2), the left slice once (rows * depth * 4), acc is read and written once (rows * columns * 8, from L2) for rows *
+// columns * depth FMAs. Neither a dequantised weight nor a converted activation exists beyond a slice, but for a few
+// rows, packed once for all tasks.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -28,6 +28,9 @@ struct Term {
   const float* packed = nullptr;  // left, where share_left has packed it
 };
 
+// What a group of columns asks for while it is decoded: the group so many later.
+constexpr int64_t kGroupsAhead = 4;
+
 static inline int64_t whole_vectors(int64_t rows) { return (rows + kLanes - 1) / kLanes * kLanes; }
 
 // Slices of equal depth: a short last one would cost as many passes over acc as a full one.
@@ -37,18 +40,25 @@ static int64_t slice_depth(int64_t depth) {
   return std::max<int64_t>(kRun, ((depth + slices - 1) / slices + kRun - 1) / kRun * kRun);
 }
 
-// Few rows are packed once for all tasks, which can then be small, and many: by the caller alone, since waking the other
-// threads takes as long. The slice at d begins at d * whole_vectors(rows) / elements. Null for more rows: each task
-// packs its own, and no copy of `left` exists.
-constexpr int64_t kSharedRows = 64;
+// Few rows are packed once for all tasks, which can then be small, and many. Up to kPackedAlone of them by the caller
+// alone, since waking the other threads takes as long. The slice at d begins at d * whole_vectors(rows) / elements. Null
+// for more rows: each task packs its own, and no copy of `left` exists.
+constexpr int64_t kPackedAlone = 64, kSharedRows = kLanes == 16 ? 144 : 64;
 template <template <class> class Layout, class Elements>
 static const float* share_left(const Matrix& left, int64_t rows, int64_t depth) {
   if (rows > kSharedRows) return nullptr;
   float* packed = workspace<Purpose::shared>(whole_vectors(rows) * depth);
   const int64_t step = slice_depth<Layout<Elements>>(depth);
-  for (int64_t d = 0; d < depth; d += step) {
+  const auto pack_slice = [&](int64_t slice) {
+    const int64_t d = slice * step;
     pack<Elements>(left, 0, rows, d, std::min(step, depth - d),
                    packed + d * whole_vectors(rows) / Elements::WideVec::elements);
+  };
+  const int64_t slices = (depth + step - 1) / step;
+  if (rows > kPackedAlone) {
+    parallel_chunks(slices, pack_slice);
+  } else {
+    for (int64_t slice = 0; slice < slices; ++slice) pack_slice(slice);
   }
   return packed;
 }
@@ -79,14 +89,11 @@ struct Block {
     using Weights = Layout<Elements>;
     const int64_t step = slice_depth<Weights>(term.depth);
     bool decoded = false;  // this group, beside the one before it
+    ask<Weights>(term.right, std::min(step, term.depth));
     for (int64_t d = 0; d < term.depth; d += step) {
       const int64_t depth = std::min(step, term.depth - d);
       if (!term.packed) pack<Elements>(term.left, row, rows, d, depth, packed);
       const float* left = term.packed ? term.packed + d * ld / Weights::elements : packed;
-      if (Weights::looks_up(term.right, rows, columns, d, depth)) {
-        look_up(left, depth, term.right, d);
-        continue;
-      }
       for (int64_t c = 0; c < columns; c += Weights::group) {
         if (const float* in_place = Weights::in_place(term.right, rows, column + c, group_size(c), d)) {
           Nothing nothing;
@@ -94,33 +101,50 @@ struct Block {
           continue;
         }
         if (!decoded) Weights::read(term.right, column + c, group_size(c), d, depth, buffer);
-        int64_t next = c + Weights::group, next_d = d;
-        if (next >= columns) next = 0, next_d = d + step;
-        decoded = next_d + depth <= term.depth && group_size(next) == Weights::group &&
-                  Weights::can_decode_beside(term.right, column + next, next_d, depth) &&
-                  !Weights::in_place(term.right, rows, column + next, group_size(next), next_d);
-        multiply<Elements>(left, depth, c, term.right, decoded, column + next, next_d);
+        const Place next = after<Weights>({c, d}, 1, step, term.depth);
+        decoded = next.c < columns && next.d + depth <= term.depth && group_size(next.c) == Weights::group &&
+                  Weights::can_decode_beside(term.right, column + next.c, next.d, depth) &&
+                  !Weights::in_place(term.right, rows, column + next.c, group_size(next.c), next.d);
+        const Place later = after<Weights>(next, kGroupsAhead, step, term.depth);
+        multiply<Elements>(left, depth, c, term.right, decoded, next, later);
         if (decoded) std::swap(buffer, next_buffer);
       }
     }
   }
 
-  // acc += left . right, without a buffer of decoded weights.
-  void look_up(const float* left, int64_t depth, const Rows& right, int64_t d) {
-    const auto tile = right.quantized->absmax_q ? look_up_tile<true> : look_up_tile<false>;
-    for (int64_t c = 0; c < columns; c += kLookUpColumns) {
-      tile(left, right, static_cast<uint64_t>((column + c) * right.quantized->cols + d), depth, acc + c * ld, ld);
+  // Asks for what no tile asks for: the task's first groups.
+  template <class Weights>
+  void ask(const Rows& right, int64_t depth) const {
+    if (!right.quantized) return;
+    for (int64_t c = 0; c < std::min(columns, kGroupsAhead * Weights::group); ++c) {
+      const int64_t first = Weights::element(right, column + c, 0) / 2;
+      for (int64_t byte = 0; byte < depth / 2; byte += 64) __builtin_prefetch(right.data + first + byte);
     }
   }
 
   int64_t group_size(int64_t c) const { return std::min<int64_t>(Widest::group, columns - c); }
 
-  // acc of the group of columns at c += left . buffer. With `decode` the first tiles decode the group of columns at
-  // `next`, at next_d of the reduction, into next_buffer.
+  // A group of columns, from the task's first one counted, in a slice of the reduction.
+  struct Place {
+    int64_t c, d;
+  };
+  // The group that is multiplied `count` groups after `at`; behind the last slice, columns behind the task's.
+  template <class Weights>
+  Place after(Place at, int64_t count, int64_t step, int64_t depth) const {
+    const int64_t whole = (columns + Weights::group - 1) / Weights::group * Weights::group;
+    at.c += count * Weights::group;
+    for (; at.c >= columns && at.d + step < depth; at.d += step) at.c -= whole;
+    if (at.c >= columns) at.d = 0;
+    return at;
+  }
+
+  // acc of the group of columns at c += left . buffer. With `decode` the first tiles decode the group at `next` into
+  // next_buffer, and ask for the one at `later`.
   template <class Elements>
-  void multiply(const float* left, int64_t depth, int64_t c, const Rows& right, bool decode, int64_t next,
-                int64_t next_d) {
+  void multiply(const float* left, int64_t depth, int64_t c, const Rows& right, bool decode, const Place& next,
+                [[maybe_unused]] const Place& later) {
     using Weights = Layout<Elements>;
+    const int64_t first = column + next.c;
     const int64_t floats = depth / Weights::elements;
     const auto run = [&](auto beside) {
       multiply_panels<Elements>(left, buffer, typename Weights::Strides{}, floats, c, beside);
@@ -128,16 +152,18 @@ struct Block {
     };
 #if defined(FUSETUNE_ISA_AVX2)
     if (decode && !right.quantized) {
-      if (right.dtype == Dtype::f32) return run(Weights::template copy_beside<float>(right, next, next_d, depth, next_buffer));
-      if (right.dtype == Dtype::f16) return run(Weights::template copy_beside<f16>(right, next, next_d, depth, next_buffer));
-      return run(Weights::template copy_beside<bf16>(right, next, next_d, depth, next_buffer));
+      if (right.dtype == Dtype::f32) return run(Weights::template copy_beside<float>(right, first, next.d, depth, next_buffer));
+      if (right.dtype == Dtype::f16) return run(Weights::template copy_beside<f16>(right, first, next.d, depth, next_buffer));
+      return run(Weights::template copy_beside<bf16>(right, first, next.d, depth, next_buffer));
     }
 #endif
     if constexpr (kDecodesBeside) {
+      const auto ahead = static_cast<uint64_t>(Weights::element(right, column + later.c, later.d) -
+                                               Weights::element(right, first, next.d));
       if (decode && right.quantized->absmax_q) {
-        return run(Weights::template decode_beside<true>(right, next, next_d, depth, next_buffer));
+        return run(Weights::template decode_beside<true>(right, first, next.d, depth, next_buffer, ahead));
       }
-      if (decode) return run(Weights::template decode_beside<false>(right, next, next_d, depth, next_buffer));
+      if (decode) return run(Weights::template decode_beside<false>(right, first, next.d, depth, next_buffer, ahead));
     }
     run(Nothing{});
   }
@@ -184,7 +210,13 @@ struct Block {
 
   void write(const MutMatrix& out) const {
     const int64_t first = row * out.ld + column;
-    const auto typed = [&](auto* p) { transpose_to(acc, ld, columns, rows, p + first, out.ld, columns); };
+    // Along the rows of `out`: down its columns each line would be in another page.
+    const auto typed = [&](auto* p) {
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        const int64_t count = std::min<int64_t>(kLanes, rows - r);
+        transpose_to(acc + r, ld, columns, count, p + first + r * out.ld, out.ld, columns);
+      }
+    };
     if (out.dtype == Dtype::f32) return typed(static_cast<float*>(out.data));
     if (out.dtype == Dtype::f16) return typed(static_cast<f16*>(out.data));
     typed(static_cast<bf16*>(out.data));
@@ -198,18 +230,22 @@ struct Grid {
 };
 template <class Layout>
 static Grid choose_grid(int64_t rows, int64_t columns, int threads) {
-  // Cycles per decoded and per packed vector, in units of the FMAs they feed.
-  const double kDecode = kDecodesBeside ? 1 : 3, kPack = rows <= kSharedRows ? 0 : 16, kTail = 0.1;
-  constexpr int64_t kMaxRows = kLanes == 8 ? 192 : 288, kMaxColumns = 1024;
+  // What decoding costs a row of the block, packing and starting a column, in units of the FMAs of one.
+  constexpr bool kWide = kLanes == 16;
+  const double kDecode = kWide ? 3 : kDecodesBeside ? 1 : 3, kPack = rows <= kSharedRows ? 0 : kWide ? 24 : 16;
+  const double kStart = 12, kTail = 0.1;
+  // With 16 lanes a slice of 144 packed rows leaves half of a 1 MB L2 free; 288 would fill it.
+  constexpr int64_t kMaxRows = kWide ? 144 : kLanes == 8 ? 192 : 288, kMaxColumns = kWide ? 2048 : 1024;
   constexpr int64_t kMinColumns = (128 + Layout::group - 1) / Layout::group * Layout::group;
   Grid best{};
   double best_cost = 0;
-  for (int64_t r = (rows + kMaxRows - 1) / kMaxRows; r <= (rows + 63) / 64; ++r) {
+  const int64_t most_parts = rows <= kSharedRows ? 1 : (rows + 63) / 64;  // what is packed once is one block high
+  for (int64_t r = (rows + kMaxRows - 1) / kMaxRows; r <= most_parts; ++r) {
     const int64_t row_step = ((rows + r - 1) / r + kLanes - 1) / kLanes * kLanes;
     for (int64_t step = kMinColumns; step <= kMaxColumns; step += Layout::group) {  // whole groups
       const int64_t tasks = r * ((columns + step - 1) / step);
       const int64_t rounds = (tasks + threads - 1) / threads;
-      const double task = static_cast<double>(row_step * step) * (1 + kDecode / row_step + kPack / step);
+      const double task = static_cast<double>(row_step * step) * (1 + kDecode / row_step + (kPack + kStart) / step);
       const double cost = task * (threads == 1 ? tasks : rounds + kTail);
       if (best_cost == 0 || cost < best_cost) best_cost = cost, best = {row_step, step};
       if (step >= columns) break;

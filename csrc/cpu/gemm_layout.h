@@ -7,7 +7,6 @@
 
 #include "decode_beside.h"
 #include "gemm_micro.h"
-#include "look_up.h"
 #include "rows.h"
 
 namespace fusetune {
@@ -52,11 +51,6 @@ struct RowsAreColumns {
   static bool can_decode_beside(const Rows& rows, int64_t, int64_t d, int64_t steps) {
     return FUSETUNE_ISA::can_decode_beside(rows, d, steps);
   }
-  // Whether look_up.h's tiles are to take them: see there.
-  static bool looks_up(const Rows& rows, int64_t left_rows, int64_t columns, int64_t d, int64_t steps) {
-    return elements == 1 && kLanes == 16 && left_rows > kLanes + Narrow::lanes && left_rows <= kLookUpVectors * kLanes &&
-           columns % kLookUpColumns == 0 && steps % kLookUpRun == 0 && FUSETUNE_ISA::can_decode_beside(rows, d, steps);
-  }
 #if defined(FUSETUNE_ISA_AVX2)
   template <class T>
   static CopyRuns<T> copy_beside(const Rows& rows, int64_t column, int64_t d, int64_t steps, float* dst) {
@@ -64,9 +58,11 @@ struct RowsAreColumns {
   }
 #endif
   template <bool nested>
-  static Decode<nested> decode_beside(const Rows& rows, int64_t column, int64_t d, int64_t steps, float* dst) {
-    return {rows, column, group, d, steps, dst, column_stride, group};
+  static Decode<nested> decode_beside(const Rows& rows, int64_t column, int64_t d, int64_t steps, float* dst,
+                                      uint64_t ahead) {
+    return {rows, column, group, d, steps, dst, column_stride, group, ahead};
   }
+  static int64_t element(const Rows& rows, int64_t column, int64_t d) { return column * rows.ld + d; }
 };
 
 // A weight row is a step of the reduction (backward).
@@ -91,7 +87,6 @@ struct RowsAreDepth {
       }
     }
   }
-  static bool looks_up(const Rows&, int64_t, int64_t, int64_t, int64_t) { return false; }
   static const float* in_place(const Rows&, int64_t, int64_t, int64_t, int64_t) { return nullptr; }
   static bool can_decode_beside(const Rows& rows, int64_t column, int64_t, int64_t steps) {
     return steps % kRun == 0 && FUSETUNE_ISA::can_decode_beside(rows, column, group);
@@ -103,13 +98,15 @@ struct RowsAreDepth {
   }
 #endif
   template <bool nested>
-  static auto decode_beside(const Rows& rows, int64_t column, int64_t d, [[maybe_unused]] int64_t steps, float* dst) {
+  static auto decode_beside(const Rows& rows, int64_t column, int64_t d, [[maybe_unused]] int64_t steps, float* dst,
+                            uint64_t ahead) {
     if constexpr (elements == 1) {
-      return DecodeRuns<nested, Floats>(rows, d, steps, column, group, dst, depth_stride, group);
+      return DecodeRuns<nested, Floats>(rows, d, steps, column, group, dst, depth_stride, group, ahead);
     } else {
-      return DecodeRowPairs<nested, Elements>(rows, d, column, group, dst, depth_stride, group);
+      return DecodeRowPairs<nested, Elements>(rows, d, column, group, dst, depth_stride, group, ahead);
     }
   }
+  static int64_t element(const Rows& rows, int64_t column, int64_t d) { return d * rows.ld + column; }
 };
 
 // Calls f with what the tiles are to multiply. Pairs of bf16 where the CPU has the instruction and x is bf16: a 4-bit
