@@ -82,6 +82,10 @@ class Steps:
     def loss_without_dropout(self, number: int) -> float:
         """In which fused and stock agree: the base model's masks are not the same ones."""
         self.model.eval()
+        for layer in self.model.modules():
+            # bitsandbytes, where the CPU has bf16: else it rounds to that, and repacks the weight.
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.train()
         loss = self.loss(number).item()
         self.model.train()
         return loss

@@ -70,8 +70,24 @@ def backends(device: str) -> dict[str, dict[str, Any]]:
 
 
 def cpu_name() -> str:
-    """The processor's marketing name, or its architecture where that is not to be had."""
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+    """The processor's marketing name, or its architecture where that is not to be had.
+
+    Virtual machines may be told "AMD EPYC" and no more: the generation is added to it.
+    """
+    info = _cpuinfo()
+    name = info.get("model name")
+    if not name:
+        return platform.processor() or platform.machine()
+    generation = None if any(map(str.isdigit, name)) else _zen(info)
+    return f"{name} ({generation})" if generation else name
+
+
+def _zen(info: dict[str, str]) -> str | None:
+    if info.get("vendor_id") != "AuthenticAMD":
+        return None
+    if info.get("cpu family") == "25":
+        return "Zen 4" if "avx512f" in info.get("flags", "").split() else "Zen 3"
+    return {"23": "Zen 1 or 2", "26": "Zen 5"}.get(info.get("cpu family", ""))
 
 
 def cpu_label() -> str:
