@@ -1,6 +1,6 @@
 """Peak memory that an adapter's forward and backward pass add to the process, beside x + y.
 
-    python -m benchmarks.memory
+    python -m benchmarks.memory [--json benchmarks/results/memory.json]
 
 On the CPU, one thread, fp32. Each case runs in a process of its own, a few times: the first run is
 not counted, it pays for what lasts. x, the residual, the parameters and dY are there before; y, dX
@@ -20,14 +20,16 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import statistics
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tabulate import tabulate
 
+from benchmarks import method_tables
 from benchmarks.own_process import in_own_process
 from fusetune import ops
 from fusetune.demo.memory import MIB, PeakMeter
@@ -125,21 +127,21 @@ def _fusion(case: Case) -> Callable[[], Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory")
-    parser.parse_args()
-    rows, broken = [], False
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+    rows = []
     for case in CASES:
         found = in_own_process(extra, case)
         if found is None:
             print("peak memory cannot be read here: /proc/self/clear_refs", file=sys.stderr)
             return 1
-        ratio = found / (case.x_and_y + case.parameters)
-        broken |= ratio > LIMIT
-        size = f"{case.m} × {case.h}, {case.width}"
-        numbers = (case.x_and_y, case.parameters, found)
-        shares = (found / case.x_and_y, ratio)
-        rows.append((case.op, size, *(f"{n:.1f}" for n in numbers), *(f"{n:.3f}" for n in shares)))
-    headers = ["op", "size", "x + y, MiB", "d parameters", "added", "of x + y", "of both"]
-    print(f"{cpu_label()}\n\n{tabulate(rows, headers=headers)}")
+        sizes = {"x_and_y": case.x_and_y, "parameters": case.parameters, "added": found}
+        rows.append({**case._asdict(), **sizes})
+    figures = {"cpu": cpu_label(), "threads": 1, "rows": rows}
+    print(method_tables.memory(figures))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    broken = any(row["added"] > LIMIT * (row["x_and_y"] + row["parameters"]) for row in rows)
     return 1 if broken else 0
 
 

@@ -1,4 +1,4 @@
-"""The README's tables of training steps: bench_methods.py, prefix_tuning.py, prompt_tuning.py."""
+"""The README's tables of what this folder measures by other means than run.py."""
 
 from __future__ import annotations
 
@@ -101,6 +101,21 @@ def dora_over_lora(found: dict[str, Any]) -> str:
         for row in found["rows"]
     ]
     return _table(found, ("forward + backward", "LoRA", "DoRA", "of LoRA's time"), rows)
+
+
+def memory(found: dict[str, Any]) -> str:
+    """From what benchmarks.memory writes; all in MiB."""
+    rows = [
+        (
+            f"{row['op']}, {row['m']} × {row['h']}, {row['width']}",
+            *(f"{row[name]:.1f}" for name in ("x_and_y", "parameters", "added")),
+            f"{row['added'] / row['x_and_y']:.3f}",
+            f"{row['added'] / (row['x_and_y'] + row['parameters']):.3f}",
+        )
+        for row in found["rows"]
+    ]
+    headers = ("", "x + y", "gradients of parameters", "added", "of x + y", "of both")
+    return _table(found, headers, rows)
 
 
 def _calls(calls: dict[str, Any] | None) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """Fused sdpa attention of transformers' models, on CPUs: with dropout of its weights, and without.
 
 The function is nn/fused_sdpa.py's. Attention by another function, elsewhere than on a CPU, with a
-bias of the positions (T5), or in 16 bits without dropout is none of ours, and the report does not
-mention it. Calls with a single query or, without dropout, with more than 2,048 keys run the stock
-function, which is as fast there; so does compiled code, which torch is to see whole.
+bias of the positions (T5), or, on CPUs with AMX, in 16 bits without dropout is none of ours, and
+the report does not mention it. Calls with a single query or, without dropout, with more than 2,048
+keys run the stock function, which is as fast there; so does compiled code, which torch is to see
+whole.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import nn
 
 from fusetune.integrations._guards import carrier
 from fusetune.nn import fused_sdpa
+from fusetune.ops._base_attention_cpu import is_faster_in
 
 METHOD = "attention"
 fused_sdpa.register()  # a model that was fused elsewhere has its name
@@ -26,7 +28,7 @@ def install(module: nn.Module, *, dropout: bool = True) -> bool:
     if not fused_sdpa.looks_up(module) or any(p.device.type != "cpu" for p in module.parameters()):
         return False
     drops = fused_sdpa.holder(module) is not None
-    if dropout if drops else _dtype(module) == torch.float32:
+    if dropout if drops else is_faster_in(_dtype(module)):
         fused_sdpa.switch(module)
     return installed(module)
 
@@ -47,8 +49,8 @@ def installed(module: nn.Module) -> bool:
 def fused_carrier(module: nn.Module) -> tuple[str, str | None]:
     """(backend, reason against it) of an attention module."""
     dtype = _dtype(module)
-    if dtype != torch.float32 and fused_sdpa.holder(module) is None:
-        return "-", f"torch's kernel for {dtype}: ours is for fp32 where no weights are dropped"
+    if not is_faster_in(dtype) and fused_sdpa.holder(module) is None:
+        return "-", f"torch's kernel for {dtype}, which has this CPU's units for it"
     return carrier("attention", "cpu", dtype)
 
 

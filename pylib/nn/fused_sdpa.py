@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from fusetune.ops._base_attention_cpu import MOST_KEYS
+from fusetune.ops._base_attention_cpu import is_faster_for, is_faster_in
 from fusetune.ops._registry import OPS, backend
 from fusetune.ops.attention import attention
 
@@ -166,9 +166,8 @@ def _fusable(
     if not autocast and not query.dtype == key.dtype == value.dtype:
         return False
     dtype = torch.get_autocast_dtype("cpu") if autocast else query.dtype
-    # Without dropout torch has a fused kernel, which in 16 bits may use the CPU's units for them.
-    alone = dtype == torch.float32 and query.shape[2] > 1 and key.shape[2] <= MOST_KEYS
-    if transformed() or not (dropout or alone):
+    faster = is_faster_in(dtype) and is_faster_for(query.shape[2], key.shape[2])
+    if transformed() or not (dropout or faster):
         return False
     return dtype in _DTYPES and (
         backend() != "auto" or OPS["attention"].carrier("cpu", dtype, None) != "reference"

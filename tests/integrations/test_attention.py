@@ -9,6 +9,7 @@ from model_equality import assert_near, float64_copy, step
 
 import fusetune
 from fusetune.nn import fused_sdpa
+from fusetune.ops import _base_attention_cpu
 
 METHOD = "attention"
 
@@ -64,6 +65,17 @@ def test_same_step(make, side, attended):
     assert all(options["is_causal"] == (options["attn_mask"] is None) for options in attended)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("side", [None, "left"])
+def test_same_step_in_16_bits(side, dtype, attended):
+    stock, inputs = llama().to(dtype), inputs_padded(side)
+    fused = copy.deepcopy(stock)
+    report = fusetune.fuse(fused)
+    assert [row.fused for row in rows(report)] == [True, True]
+    assert_near(step(fused, inputs), step(stock, inputs), step(float64_copy(stock), inputs))
+    assert len(attended) == 2
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate(cache, attended):
     stock, inputs = llama().eval(), inputs_padded("left")
@@ -76,15 +88,18 @@ def test_generate(cache, attended):
     assert len(attended) == 2  # the prompt's; a single query is the stock function's
 
 
-@pytest.mark.parametrize("kind", ["many keys", "one token", "16 bits", "a tensor of another kind"])
+@pytest.mark.parametrize(
+    "kind", ["many keys", "one token", "16 bits on AMX", "a tensor of another kind"]
+)
 def test_the_stock_function_where_it_is_faster_or_must_be(kind, attended, monkeypatch):
     model, inputs = llama(), tiny_models.token_inputs()
     fusetune.fuse(model)
     if kind == "many keys":
-        monkeypatch.setattr(fused_sdpa, "MOST_KEYS", 11)
+        monkeypatch.setattr(_base_attention_cpu, "MOST_KEYS", 11)
     if kind == "one token":
         inputs = {"input_ids": inputs["input_ids"][:, :1]}
-    if kind == "16 bits":
+    if kind == "16 bits on AMX":
+        monkeypatch.setattr(_base_attention_cpu, "_amx", lambda: True)
         model.to(torch.bfloat16)
         assert all("bfloat16" in row.reason for row in rows(fusetune.fuse(model)))
     if kind == "a tensor of another kind":
@@ -95,10 +110,11 @@ def test_the_stock_function_where_it_is_faster_or_must_be(kind, attended, monkey
     assert not attended
 
 
-@pytest.mark.parametrize("kind", ["16 bits", "eager", "t5"])
-def test_attention_that_is_none_of_ours(kind):
+@pytest.mark.parametrize("kind", ["16 bits on AMX", "eager", "t5"])
+def test_attention_that_is_none_of_ours(kind, monkeypatch):
     model = tiny_models.t5()[0] if kind == "t5" else tiny_models.llama()[0]
-    if kind == "16 bits":
+    if kind == "16 bits on AMX":
+        monkeypatch.setattr(_base_attention_cpu, "_amx", lambda: True)
         model.to(torch.bfloat16)
     if kind == "eager":
         model.set_attn_implementation("eager")
@@ -108,8 +124,9 @@ def test_attention_that_is_none_of_ours(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_on_4bit_layers(dtype):
+def test_on_4bit_layers(dtype, monkeypatch):
     """Their weights do not tell the dtype of activations, nor do LoRA's: the config does."""
+    monkeypatch.setattr(_base_attention_cpu, "_amx", lambda: True)
     model, _ = tiny_models.lora_llama(four_bit=True, dtype=dtype)
     model.config.dtype = dtype
     assert len(rows(fusetune.fuse(model))) == (2 if dtype == torch.float32 else 0)
