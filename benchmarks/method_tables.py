@@ -26,6 +26,20 @@ def prefix_tuning(found: dict[str, Any]) -> str:
     return _table(found, ("a step", "stock", "fused", "fused, checkpointing"), rows)
 
 
+def prefix_part(found: dict[str, Any]) -> str:
+    """From what benchmarks.prefix_part writes."""
+    rows = [
+        (
+            name,
+            *(f"{1000 * row[kind]:.1f} ms" for kind in ("torch", "ours", "with prefix")),
+            *(f"{row[kind]:.1%}" for kind in ("of_ours", "of_torch")),
+        )
+        for name, row in found["rows"].items()
+    ]
+    headers = ("", "torch", "ours", "ours with the prefix", "it adds to ours", "of torch's time")
+    return _table(found, headers, rows)
+
+
 def prompt_tuning(found: dict[str, Any]) -> str:
     """From what benchmarks.prompt_tuning writes."""
     rows = [

@@ -92,6 +92,7 @@ def section(name: str) -> str:
         "glue": (glue_report.table, GLUE),
         "methods": (method_tables.methods, METHODS),
         "prefix_tuning": (method_tables.prefix_tuning, RESULTS / "prefix-tuning.json"),
+        "prefix_part": (method_tables.prefix_part, RESULTS / "prefix-part.json"),
         "prompt_tuning": (method_tables.prompt_tuning, RESULTS / "prompt-tuning.json"),
         "adalora_allocator": (method_tables.adalora_allocator, RESULTS / "adalora-allocator.json"),
         "multi_adapter": (method_tables.multi_adapter, RESULTS / "multi-adapter.json"),

@@ -48,17 +48,17 @@ METHODS = (
         3e-2,
         lambda folder: fusetune.PromptTuningConfig(init="sampled_vocab", init_seed=0, **PROMPT),
     ),
-    Method("P-tuning", (1e-3, 3e-3, 1e-2), 1e-2, _template),
+    Method("P-tuning", (3e-3, 1e-2, 3e-2), 1e-2, _template),
     Method(
         "P-tuning v2",
-        (1e-2, 3e-2, 1e-1),
+        (3e-2, 1e-1, 3e-1),
         1e-1,
         lambda folder: fusetune.PTuningV2Config(**PROMPT),
     ),
     Method(
         "prefix tuning",
         (3e-4, 1e-3, 3e-3),
-        3e-4,
+        1e-3,
         lambda folder: fusetune.PrefixTuningConfig(prefix_projection=True, **PROMPT),
     ),
     Method(

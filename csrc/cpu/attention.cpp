@@ -4,7 +4,7 @@
 // the largest, until the result is divided by their sum; the mask falls on them in L1.
 //
 // Bytes: queries are read and results written once, 2 s B Hq T D with s bytes an element, and 4 B Hq T of log-sum-exps;
-// keys and values are read once for every 192 queries. Neither weights nor masks go to memory, where PyTorch writes
+// keys and values are read once for each head's task. Neither weights nor masks go to memory, where PyTorch writes
 // B Hq T S of them some eight times. Arithmetic: 4 B Hq T S D flops, and B Hq T S exps and random words.
 #include <cfloat>
 
@@ -14,8 +14,6 @@
 namespace fusetune::FUSETUNE_ISA {
 
 namespace {
-
-constexpr int64_t kTaskQueries = 4 * kQueries;
 
 // Scores become weights relative to the largest; returns their log-sum-exp and, in `total`, their sum.
 float take_softmax(float* row, int64_t width, float& total) {
@@ -60,17 +58,17 @@ void attend_block(const Attention& a, const float* key_t, const Floats2d& value,
 }  // namespace
 
 void attention(const Attention& a, const Heads& out, float* lse) {
-  const int64_t tasks_of_head = (a.tokens + kTaskQueries - 1) / kTaskQueries;
+  const int64_t each = task_queries(a.tokens, a.batch * a.heads), tasks_of_head = (a.tokens + each - 1) / each;
   const int64_t dim = padded(a.dim), keys = padded(a.keys), ld = scores_ld(a);
   parallel_chunks(a.batch * a.heads * tasks_of_head, [&](int64_t task) {
     const int64_t b = task / (a.heads * tasks_of_head), head = task / tasks_of_head % a.heads;
-    const int64_t h = head / (a.heads / a.kv_heads), begin = task % tasks_of_head * kTaskQueries;
+    const int64_t h = head / (a.heads / a.kv_heads), begin = task % tasks_of_head * each;
     float* key_t = workspace(a.dim * ld + keys * dim + kQueries * (2 * dim + ld));
     float* rows = key_t + a.dim * ld;
     float* buffer = rows + keys * dim;
     transpose_rows(head_rows(a.key, b, h, a.keys, a.dim, rows), a.keys, a.dim, a.scale, key_t, ld);
     const Floats2d value = head_rows(a.value, b, h, a.keys, a.dim, rows);
-    for (int64_t first = begin; first < std::min(a.tokens, begin + kTaskQueries); first += kQueries) {
+    for (int64_t first = begin; first < std::min(a.tokens, begin + each); first += kQueries) {
       attend_block(a, key_t, value, Block(a, b, head, first), out, lse, buffer);
     }
   });

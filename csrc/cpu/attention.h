@@ -16,8 +16,6 @@
 
 namespace fusetune::FUSETUNE_ISA {
 
-constexpr int64_t kQueries = 48;
-
 // Distance of two rows of scores, and of the keys' transpose: not a power of two, or they share a set of the cache.
 static inline int64_t scores_ld(const Attention& a) { return padded(a.keys) + 16; }
 

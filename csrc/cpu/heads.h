@@ -2,9 +2,22 @@
 #pragma once
 #include <algorithm>
 
+#include "../parallel.h"
 #include "float_rows.h"
 
 namespace fusetune::FUSETUNE_ISA {
+
+constexpr int64_t kQueries = 48;  // of a block
+
+// How many queries of a head a task takes, in whole blocks: all, where each thread still has enough tasks. What is laid
+// out for a task's keys is then laid out once.
+static inline int64_t task_queries(int64_t tokens, int64_t heads) {
+  constexpr int64_t kTasksPerThread = 8;
+  const int64_t blocks = std::max<int64_t>(1, (tokens + kQueries - 1) / kQueries);
+  const int64_t wanted = kTasksPerThread * num_threads() / std::max<int64_t>(1, heads);
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted, blocks));
+  return (blocks + parts - 1) / parts * kQueries;
+}
 
 static inline int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 

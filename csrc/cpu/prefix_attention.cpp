@@ -15,8 +15,6 @@ namespace fusetune::FUSETUNE_ISA {
 
 namespace {
 
-constexpr int64_t kTaskQueries = 4 * kQueries;
-
 // The softmax of a block: scores become weights relative to the largest, and each query's sum is known.
 struct Softmax {
   alignas(64) float top[kQueries], base[kQueries];  // the largest score; the base's weight
@@ -70,14 +68,14 @@ void attend_block(const Prefix& p, const PackedPrefix& packed, const Block& bloc
   float* sums = buffer + kQueries * dim;
   float* scores = sums + kQueries * dim;
   const Floats2d q = read_rows(block.rows(p.query), 0, block.queries, p.dim, buffer);
-  block_scores(p, packed, block, q, scores);
+  Ahead ahead(rows_after(p, block, p.query), rows_after(p, block, out));
+  block_scores(p, packed, block, q, scores, ahead);
   Softmax softmax;
   const float* base =
       base_lse.data + block.b * base_lse.batch + block.head * base_lse.head + block.first * base_lse.token;
   softmax.take(block, scores, ld, base, base_lse.token);
-  Ahead nothing;
   outer({scores, ld, 1}, block.queries, {packed.value + block.begin * dim, dim}, whole_vectors(p.dim), block.keys(),
-        {sums, dim, nullptr, 0, nullptr}, nothing);
+        {sums, dim, nullptr, 0, nullptr}, ahead);
   float* lse_row = lse + (block.b * p.heads + block.head) * p.tokens + block.first;
   with_type(out.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -94,7 +92,8 @@ void attend_block(const Prefix& p, const PackedPrefix& packed, const Block& bloc
 }  // namespace
 
 void prefix_attend(const Prefix& p, const Heads& out, const BaseLse& base_lse, float* lse) {
-  const int64_t each = packed_floats(p), tasks_of_head = (p.tokens + kTaskQueries - 1) / kTaskQueries;
+  const int64_t each = packed_floats(p), queries = task_queries(p.tokens, p.batch * p.heads);
+  const int64_t tasks_of_head = (p.tokens + queries - 1) / queries;
   float* const all = p.dropout.threshold ? nullptr : workspace<Purpose::shared>(p.groups * p.kv_heads * each);
   pack_all(p, false, all);
   parallel_chunks(p.batch * p.heads * tasks_of_head, [&](int64_t task) {
@@ -104,7 +103,7 @@ void prefix_attend(const Prefix& p, const Heads& out, const BaseLse& base_lse, f
     const bool own = p.dropout.threshold != 0;
     const PackedPrefix packed = packed_at(p, own ? memory : all + (std::max<int64_t>(g, 0) * p.kv_heads + h) * each);
     if (own && g >= 0) pack(p, g, b, h, false, packed);
-    const int64_t begin = task % tasks_of_head * kTaskQueries, end = std::min(p.tokens, begin + kTaskQueries);
+    const int64_t begin = task % tasks_of_head * queries, end = std::min(p.tokens, begin + queries);
     for (int64_t first = begin; first < end; first += kQueries) {
       const Block block = block_of(p, b, head, first, std::min(kQueries, end - first));
       attend_block(p, packed, block, out, base_lse, lse, memory + each);

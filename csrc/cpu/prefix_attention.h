@@ -16,8 +16,6 @@
 
 namespace fusetune::FUSETUNE_ISA {
 
-constexpr int64_t kQueries = 48;
-
 // One head's [P, D] matrices and their transposes [D, P], padded with zeros; keys are multiplied by the scale.
 struct PackedPrefix {
   float *key, *value, *key_t, *value_t;
@@ -88,14 +86,22 @@ static inline Block block_of(const Prefix& p, int64_t b, int64_t head, int64_t f
   return {b, head, first, queries, std::min(length, first_seen(p, length, first)) / kLanes * kLanes, length};
 }
 
+// The rows of the block after this one, to be asked for meanwhile.
+static inline Region rows_after(const Prefix& p, const Block& block, const Heads& x) {
+  if (!x.data) return {};
+  const int64_t size = x.dtype == Dtype::f32 ? 4 : 2, next = block.first + block.queries;
+  const auto* row = static_cast<const char*>(address_of(x, block.b, block.head, next));
+  const int64_t count = std::max<int64_t>(0, std::min(kQueries, p.tokens - next));
+  return {row, x.token * size, count, (p.dim * size + 63) / 64};
+}
+
 // scores [queries, padded(P)] = scale q . k (+ bias) of the block's keys; -inf for those that a query does not see, and
 // up to the block's width.
 static inline void block_scores(const Prefix& p, const PackedPrefix& packed, const Block& block, const Floats2d& q,
-                                float* scores) {
+                                float* scores, Ahead& ahead) {
   const int64_t ld = padded(p.count), keys = block.keys(), width = block.width();
-  Ahead nothing;
   outer({q.data, q.stride, 1}, block.queries, {packed.key_t + block.begin, ld}, width, p.dim,
-        {scores, ld, nullptr, 0, nullptr}, nothing);
+        {scores, ld, nullptr, 0, nullptr}, ahead);
   for (int64_t r = 0; r < block.queries; ++r, scores += ld) {
     if (p.bias) {
       const float* bias = p.bias + block.b * p.bias_batch + block.head * p.bias_head +

@@ -70,22 +70,23 @@ class Backward {
     const Floats2d q = read_rows(block.rows(p_.query), 0, block.queries, p_.dim, buffer, true);
     const Floats2d upper =
         read_rows(block.rows(given_.dout), 0, block.queries, p_.dim, buffer + kQueries * dim, true);
-    Ahead nothing;
-    block_scores(p_, packed, block, q, p);
+    Ahead first(rows_after(p_, block, p_.query), rows_after(p_, block, given_.dout));
+    Ahead second(rows_after(p_, block, given_.out), rows_after(p_, block, given_.dquery));
+    block_scores(p_, packed, block, q, p, first);
     outer({upper.data, upper.stride, 1}, block.queries, {packed.value_t + block.begin, ld}, block.width(), p_.dim,
-          {ds, ld, nullptr, 0, nullptr}, nothing);
+          {ds, ld, nullptr, 0, nullptr}, second);
     softmax_backward(block, upper, p, ds);
     if (given_.dquery.data) {
       float* sums = buffer + 2 * kQueries * dim;
       outer({ds, ld, 1}, block.queries, {packed.key + block.begin * dim, dim}, whole, block.keys(),
-            {sums, dim, nullptr, 0, nullptr}, nothing);
+            {sums, dim, nullptr, 0, nullptr}, first);
       store_dquery(block, sums);
     }
     if (!given_.dkey) return;
     const auto add_products_to = [&](const float* weights, const Floats2d& rows, float* to) {
       to += block.begin * dim;
       outer({weights, 1, ld}, block.keys(), {rows.data, rows.stride}, whole, block.queries, {to, dim, to, dim, nullptr},
-            nothing);
+            second);
     };
     add_products_to(ds, q, gradient.key);
     add_products_to(p, upper, gradient.value);
