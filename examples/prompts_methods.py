@@ -45,7 +45,7 @@ METHODS = (
     Method(
         "prompt tuning",
         (1e-2, 3e-2, 1e-1),
-        3e-2,
+        1e-1,
         lambda folder: fusetune.PromptTuningConfig(init="sampled_vocab", init_seed=0, **PROMPT),
     ),
     Method("P-tuning", (3e-3, 1e-2, 3e-2), 1e-2, _template),
@@ -58,7 +58,7 @@ METHODS = (
     Method(
         "prefix tuning",
         (3e-4, 1e-3, 3e-3),
-        1e-3,
+        3e-4,
         lambda folder: fusetune.PrefixTuningConfig(prefix_projection=True, **PROMPT),
     ),
     Method(

@@ -29,7 +29,7 @@ struct Term {
 };
 
 // What a group of columns asks for while it is decoded: the group so many later.
-constexpr int64_t kGroupsAhead = 4;
+constexpr int64_t kGroupsAhead = 2;
 
 static inline int64_t whole_vectors(int64_t rows) { return (rows + kLanes - 1) / kLanes * kLanes; }
 
@@ -89,7 +89,6 @@ struct Block {
     using Weights = Layout<Elements>;
     const int64_t step = slice_depth<Weights>(term.depth);
     bool decoded = false;  // this group, beside the one before it
-    ask<Weights>(term.right, std::min(step, term.depth));
     for (int64_t d = 0; d < term.depth; d += step) {
       const int64_t depth = std::min(step, term.depth - d);
       if (!term.packed) pack<Elements>(term.left, row, rows, d, depth, packed);
@@ -109,16 +108,6 @@ struct Block {
         multiply<Elements>(left, depth, c, term.right, decoded, next, later);
         if (decoded) std::swap(buffer, next_buffer);
       }
-    }
-  }
-
-  // Asks for what no tile asks for: the task's first groups.
-  template <class Weights>
-  void ask(const Rows& right, int64_t depth) const {
-    if (!right.quantized) return;
-    for (int64_t c = 0; c < std::min(columns, kGroupsAhead * Weights::group); ++c) {
-      const int64_t first = Weights::element(right, column + c, 0) / 2;
-      for (int64_t byte = 0; byte < depth / 2; byte += 64) __builtin_prefetch(right.data + first + byte);
     }
   }
 
@@ -233,7 +222,7 @@ static Grid choose_grid(int64_t rows, int64_t columns, int threads) {
   // What decoding costs a row of the block, packing and starting a column, in units of the FMAs of one.
   constexpr bool kWide = kLanes == 16;
   const double kDecode = kWide ? 3 : kDecodesBeside ? 1 : 3, kPack = rows <= kSharedRows ? 0 : kWide ? 24 : 16;
-  const double kStart = 12, kTail = 0.1;
+  const double kStart = kWide ? 12 : 0, kTail = 0.1;
   // With 16 lanes a slice of 144 packed rows leaves half of a 1 MB L2 free; 288 would fill it.
   constexpr int64_t kMaxRows = kWide ? 144 : kLanes == 8 ? 192 : 288, kMaxColumns = kWide ? 2048 : 1024;
   constexpr int64_t kMinColumns = (128 + Layout::group - 1) / Layout::group * Layout::group;
