@@ -219,7 +219,8 @@ struct Grid {
 };
 template <class Layout>
 static Grid choose_grid(int64_t rows, int64_t columns, int threads) {
-  // What decoding costs a row of the block, packing and starting a column, in units of the FMAs of one.
+  // In units of FMAs with one operand's vector: decoding an element of the weight, packing one of left, and what each
+  // slice of a task takes to get going, for each row.
   constexpr bool kWide = kLanes == 16;
   const double kDecode = kWide ? 3 : kDecodesBeside ? 1 : 3, kPack = rows <= kSharedRows ? 0 : kWide ? 24 : 16;
   const double kStart = kWide ? 12 : 0, kTail = 0.1;

@@ -15,6 +15,9 @@ constexpr int kChunk = 32;  // elements per step
 constexpr uint64_t kPrefetchBytes = 12288;  // of packed codes: six rows of 4096 elements ahead
 constexpr int kChunkVectors = kChunk / kLanes;
 
+// Into L2: more lines can be under way to it than to L1, which is what a weight read from memory is short of.
+FUSETUNE_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 // Asks for what follows element i of the flattened weight. The hardware's prefetcher stops at every page, and
 // decoding is too quick for it to catch up.
 template <bool nested>

@@ -13,9 +13,6 @@ namespace FUSETUNE_ISA {
 // Rows lie kilobytes apart, which no hardware prefetcher follows: so many rows ahead are asked for.
 constexpr int kPrefetchRows = 16;
 
-// Into L2: more lines can be under way to it than to L1, which is what a weight read from memory is short of.
-FUSETUNE_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
-
 struct Rows {
   using Read = void (*)(const Rows& self, int64_t row, int64_t rows, int64_t col, int64_t cols, float* dst,
                         int64_t stride);
