@@ -27,15 +27,17 @@ CSRC = ROOT / "csrc"
 # Compiler flags of each instruction set; a kernel file in csrc/cpu is compiled once for each.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+AVX512_BF16 = [
+    *AVX512,
+    *("-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"),
+    "-DFUSETUNE_ISA_AVX512=1",
+]
 X86_ISAS = {
     "scalar": [],
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512_bf16": [
-        *AVX512,
-        *("-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"),
-        "-DFUSETUNE_ISA_AVX512=1",
-    ],
+    "avx512_bf16": AVX512_BF16,
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-DFUSETUNE_ISA_AVX512_BF16=1"],
 }
 ARM_ISAS = {"scalar": [], "neon": []}
 MACHINE = os.environ.get("FUSETUNE_TARGET_MACHINE", platform.machine())
@@ -44,6 +46,8 @@ ISAS = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM
 )
 # Files of csrc/cpu that do not depend on the instruction set.
 ONCE = {"dispatch.cpp"}
+# Instruction sets with few kernels of their own, which have the rest from the one before them.
+ONLY = {"amx": {"linear.cpp", "linear_dx.cpp"}}
 # -ffp-contract=off: results that must equal another implementation's bit for bit may not depend on
 # where the compiler saw a chance for an FMA; kernels ask for one where they want it.
 # -g0: CPython's own flags ask for debug information, ten times the size of the code.
@@ -98,6 +102,8 @@ def compile_jobs(isas=ISAS):
             jobs.append((source, "common", has))
             continue
         for isa, flags in isas.items():
+            if source.name not in ONLY.get(isa, {source.name}):
+                continue
             define = [f"-DFUSETUNE_ISA={isa}", f"-DFUSETUNE_ISA_{isa.upper()}=1"]
             jobs.append((source, isa, [*define, *flags]))
     return jobs

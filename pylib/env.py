@@ -33,6 +33,7 @@ _CPU_FLAGS = (
     "sve",
 )
 _ISAS = {
+    "amx": "AMX",
     "avx512_bf16": "AVX-512 BF16",
     "avx512": "AVX-512",
     "avx2": "AVX2",

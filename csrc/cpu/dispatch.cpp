@@ -4,6 +4,13 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
@@ -23,6 +30,10 @@ extern const Kernels table;
 }
 namespace neon {
 extern const Kernels table;
+}
+namespace amx {  // has few kernels of its own
+std::remove_pointer_t<decltype(Kernels::linear)> linear;
+std::remove_pointer_t<decltype(Kernels::linear_dx)> linear_dx;
 }
 
 namespace {
@@ -47,14 +58,41 @@ bool has_avx512_bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
          __builtin_cpu_supports("avx512vbmi");
 }
+
+// Linux gives a process the tiles' registers when it asks for them.
+bool has_amx() {
+#if defined(__linux__)
+  unsigned eax, ebx, ecx, edx = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kBf16) == 0 || (edx & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return has_avx512_bf16() && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
 bool has_avx512_bf16() { return false; }
+bool has_amx() { return false; }
+#endif
+
+#ifdef FUSETUNE_HAS_AMX
+const Kernels amx_table = [] {
+  Kernels table = avx512_bf16::table;
+  table.isa = "amx", table.linear = amx::linear, table.linear_dx = amx::linear_dx;
+  return table;
+}();
 #endif
 
 // Best first. NEON is part of every aarch64.
 const Isa kIsas[] = {
+#ifdef FUSETUNE_HAS_AMX
+    {"amx", &amx_table, has_amx},
+#else
+    {"amx", nullptr, has_amx},
+#endif
 #ifdef FUSETUNE_HAS_AVX512_BF16
     {"avx512_bf16", &avx512_bf16::table, has_avx512_bf16},
 #else
@@ -122,7 +160,7 @@ const char* isa_unavailable_reason(const char* name) {
     if (!isa.table) return "not built for this machine";
     return isa.on_this_cpu() ? nullptr : "this CPU does not have it";
   }
-  return "no such instruction set (known: avx512_bf16, avx512, avx2, neon, scalar)";
+  return "no such instruction set (known: amx, avx512_bf16, avx512, avx2, neon, scalar)";
 }
 
 const Kernels& kernels() {

@@ -73,7 +73,7 @@ struct Block {
 
   Block(int64_t row, int64_t rows, int64_t column, int64_t columns)
       : row(row), rows(rows), column(column), columns(columns), ld(whole_vectors(rows)) {
-    const int64_t acc_size = (columns + kMaxTileColumns) * ld;  // the last tile may be wider
+    const int64_t acc_size = (columns + std::max(kMaxTileColumns, kLanes)) * ld;  // the last tile may be wider
     acc = workspace(acc_size + ld * Widest::depth + (kDecodesBeside ? 2 : 1) * Widest::buffer);
     packed = acc + acc_size;
     buffer = packed + ld * Widest::depth;

@@ -5,6 +5,9 @@
 #include "dropout.h"
 #include "gemm.h"
 #include "gemm_dense.h"
+#if defined(FUSETUNE_ISA_AMX)
+#include "gemm_tiles.h"
+#endif
 
 namespace fusetune {
 namespace FUSETUNE_ISA {
@@ -39,6 +42,9 @@ void linear_dx(const Matrix& dy, int64_t m, int64_t n, int64_t k, const Weight& 
     const DenseTerm low_rank{tail.left, tail.rank, tail.right, k, tail.rank, tail.scale};
     return gemm_dense<false>(m, k, nullptr, low_rank, dropout, dense_term(dy, w.dense, n, 1.f), dx, add);
   }
+#if defined(FUSETUNE_ISA_AMX)
+  if (tiles_fit(dy, m, w)) return linear_dx_tiles(dy, m, n, k, w, tail, masked ? dropout : Dropout{}, add, dx);
+#endif
   const Term low_rank{
       {tail.left, tail.rank, Dtype::f32}, dense_rows({tail.right, k, Dtype::f32}, tail.scale), tail.rank};
   with_elements(dy, w, n, [&](auto elements) {
