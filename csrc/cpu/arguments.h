@@ -153,8 +153,16 @@ struct PrefixGradients {
   float *dkey, *dvalue;
 };
 
+// Keys and values [G, Hkv, P, D] that all queries of a batch row see besides those of attention: its row of `rows`, -1
+// for none; null: the first. count 0: there are none.
+struct JoinedPrefix {
+  Heads key, value;
+  int64_t groups, count;
+  const int64_t* rows;
+};
+
 // Softmax attention of query [B, Hq, T, D] to key and value [B, Hkv, S, D], with dropout of its weights, a matrix
-// [B Hq T, S]. bias, or null: fp32, without gaps along S. causal: query i sees keys up to i.
+// [B Hq T, S], and to a prefix. bias, or null: fp32, without gaps along S. causal: query i sees keys up to i.
 struct Attention {
   int64_t batch, heads, kv_heads, tokens, keys, dim;
   Heads query, key, value;
@@ -163,13 +171,15 @@ struct Attention {
   bool causal;
   float scale;
   Dropout dropout;
+  JoinedPrefix prefix;
 };
 
-// From dout, out and its lse [B, Hq, T]; null where not needed.
+// From dout, out and its lse [B, Hq, T]; null where not needed. Of the prefix: [G, P, Hkv, D], both or neither.
 struct AttentionGradients {
   Heads dout, out;
   const float* lse;
   Heads dquery, dkey, dvalue;
+  float *dprefix_key, *dprefix_value;
 };
 
 // Many small matrices, fp32 without gaps, and their moving averages. grads[i] null: those of i stay as they are. first:

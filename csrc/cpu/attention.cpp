@@ -1,11 +1,12 @@
-// Softmax attention with dropout of its weights, forward.
+// Softmax attention, with dropout of its weights and to a prefix besides, forward.
 //
 // Tiling: attention.h's; a task is some blocks of queries of one head. A query's weights stay unnormalised, relative to
 // the largest, until the result is divided by their sum; the mask falls on them in L1.
 //
 // Bytes: queries are read and results written once, 2 s B Hq T D with s bytes an element, and 4 B Hq T of log-sum-exps;
 // keys and values are read once for each head's task. Neither weights nor masks go to memory, where PyTorch writes
-// B Hq T S of them some eight times. Arithmetic: 4 B Hq T S D flops, and B Hq T S exps and random words.
+// B Hq T S of them some eight times. Arithmetic: 4 B Hq T S D flops, and B Hq T S exps and random words. A prefix counts
+// as keys; it is read once for each task.
 #include <cfloat>
 
 #include "attention.h"
@@ -30,9 +31,10 @@ float take_softmax(float* row, int64_t width, float& total) {
   return total == 0 ? INFINITY : top + std::log(total);
 }
 
-void attend_block(const Attention& a, const float* key_t, const Floats2d& value, const Block& block, const Heads& out,
+void attend_block(const Attention& a, const float* key_t, const KeyRows& value, const Block& block, const Heads& out,
                   float* lse, float* buffer) {
-  const int64_t ld = scores_ld(a), dim = padded(a.dim), row = block.row(a);
+  const int64_t ld = scores_ld(a), dim = padded(a.dim), whole = whole_vectors(a.dim), row = block.row(a);
+  const int64_t begin = prefix_width(a), joined = prefix_keys(a, block.b);
   float* sums = buffer + kQueries * dim;
   float* scores = sums + kQueries * dim;
   const Floats2d q = read_rows(block.rows(a.query), 0, block.queries, a.dim, buffer);
@@ -40,12 +42,16 @@ void attend_block(const Attention& a, const float* key_t, const Floats2d& value,
   float totals[kQueries];
   for (int64_t r = 0; r < block.queries; ++r) {
     float* weights = scores + r * ld;
-    lse[row + r] = take_softmax(weights, block.width(), totals[r]);
-    apply_dropout(a.dropout, (row + r) * a.keys, block.seen(a, r), weights);
+    lse[row + r] = take_softmax(weights, block.width(a), totals[r]);
+    apply_dropout(a.dropout, (row + r) * a.keys, block.seen(a, r), weights + begin);
   }
   Ahead nothing;
-  outer({scores, ld, 1}, block.queries, {value.data, value.stride}, whole_vectors(a.dim), block.keys,
-        {sums, dim, nullptr, 0, nullptr}, nothing);
+  if (joined) {
+    outer({scores, ld, 1}, block.queries, {value.prefix.data, value.prefix.stride}, whole, joined,
+          {sums, dim, nullptr, 0, nullptr}, nothing);
+  }
+  outer({scores + begin, ld, 1}, block.queries, {value.tokens.data, value.tokens.stride}, whole, block.keys,
+        {sums, dim, joined ? sums : nullptr, dim, nullptr}, nothing);
   with_type(out.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* to = static_cast<T*>(address_of(out, block.b, block.head, block.first));
@@ -59,15 +65,15 @@ void attend_block(const Attention& a, const float* key_t, const Floats2d& value,
 
 void attention(const Attention& a, const Heads& out, float* lse) {
   const int64_t each = task_queries(a.tokens, a.batch * a.heads), tasks_of_head = (a.tokens + each - 1) / each;
-  const int64_t dim = padded(a.dim), keys = padded(a.keys), ld = scores_ld(a);
+  const int64_t dim = padded(a.dim), keys = a.prefix.count + padded(a.keys), ld = scores_ld(a);
   parallel_chunks(a.batch * a.heads * tasks_of_head, [&](int64_t task) {
     const int64_t b = task / (a.heads * tasks_of_head), head = task / tasks_of_head % a.heads;
     const int64_t h = head / (a.heads / a.kv_heads), begin = task % tasks_of_head * each;
     float* key_t = workspace(a.dim * ld + keys * dim + kQueries * (2 * dim + ld));
     float* rows = key_t + a.dim * ld;
     float* buffer = rows + keys * dim;
-    transpose_rows(head_rows(a.key, b, h, a.keys, a.dim, rows), a.keys, a.dim, a.scale, key_t, ld);
-    const Floats2d value = head_rows(a.value, b, h, a.keys, a.dim, rows);
+    transpose_keys(a, key_rows(a, a.prefix.key, a.key, b, h, rows), b, a.scale, key_t);
+    const KeyRows value = key_rows(a, a.prefix.value, a.value, b, h, rows);
     for (int64_t first = begin; first < std::min(a.tokens, begin + each); first += kQueries) {
       attend_block(a, key_t, value, Block(a, b, head, first), out, lse, buffer);
     }

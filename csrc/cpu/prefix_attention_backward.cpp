@@ -10,6 +10,7 @@
 // bytes an element; at most 16 + B parts of 8 P Hkv D. Arithmetic: 10 B Hq T P D flops, 2 P / s for each byte.
 #include "exp.h"
 #include "prefix_attention.h"
+#include "prefix_sums.h"
 
 namespace fusetune::FUSETUNE_ISA {
 
@@ -40,30 +41,13 @@ void for_parts(const Prefix& p, const Function& f) {
   if (part.units) f(part);
 }
 
-// The gradient of a head of a prefix: keys (before the scale), then values, [P, padded(D)] each.
-struct Gradient {
-  float *key, *value;
-};
-int64_t gradient_floats(const Prefix& p) { return 2 * p.count * padded(p.dim); }
-Gradient gradient_at(const Prefix& p, float* memory) { return {memory, memory + p.count * padded(p.dim)}; }
-
-template <class T>
-void store_sum(const float* from, bool plus, int64_t n, T* to) {
-  int64_t d = 0;
-  for (; d + kLanes <= n; d += kLanes) store(to + d, plus ? add(load(to + d), load(from + d)) : load(from + d));
-  if (d == n) return;
-  const int lanes = static_cast<int>(n - d);
-  const F old = plus ? load_part(to + d, lanes) : zero();
-  store_part(to + d, add(old, load(from + d)), lanes);
-}
-
 class Backward {
  public:
   Backward(const Prefix& p, const PrefixGradients& given) : p_(p), given_(given) {}
 
   int64_t buffer_floats() const { return kQueries * (3 * padded(p_.dim) + 2 * padded(p_.count)); }
 
-  void block(const PackedPrefix& packed, const Block& block, const Gradient& gradient, float* buffer) const {
+  void block(const PackedPrefix& packed, const Block& block, const PrefixGradient& gradient, float* buffer) const {
     const int64_t ld = padded(p_.count), dim = padded(p_.dim), whole = whole_vectors(p_.dim);
     float* p = buffer + 3 * kQueries * dim;
     float* ds = p + kQueries * ld;
@@ -125,7 +109,7 @@ class Backward {
 };
 
 // Adds the gradient of a head as batch row b saw it, dropped out, to that of the head.
-void add_dropped(const Prefix& p, int64_t b, int64_t h, const Gradient& from, const Gradient& to) {
+void add_dropped(const Prefix& p, int64_t b, int64_t h, const PrefixGradient& from, const PrefixGradient& to) {
   const int64_t dim = padded(p.dim);
   for (int64_t j = 0; j < p.count; ++j) {
     drop_prefix_row(p, 0, b, h, j, from.key + j * dim);
@@ -138,7 +122,7 @@ void add_dropped(const Prefix& p, int64_t b, int64_t h, const Gradient& from, co
 }  // namespace
 
 void prefix_attend_backward(const Prefix& p, const PrefixGradients& given) {
-  const int64_t each = packed_floats(p), size = gradient_floats(p), group = p.heads / p.kv_heads;
+  const int64_t each = packed_floats(p), size = prefix_gradient_floats(p.count, p.dim), group = p.heads / p.kv_heads;
   const bool own = p.dropout.threshold != 0;
   int64_t count = 0;
   for_parts(p, [&](const Part&) { ++count; });
@@ -154,13 +138,13 @@ void prefix_attend_backward(const Prefix& p, const PrefixGradients& given) {
   parallel_chunks(count * p.kv_heads, [&](int64_t task) {
     const int64_t h = task % p.kv_heads;
     const Part part = parts[task / p.kv_heads];
-    const Gradient total = gradient_at(p, gradients + task * size);
+    const PrefixGradient total = prefix_gradient_at(p.count, p.dim, gradients + task * size);
     memset(total.key, 0, size * sizeof(float));
     float* memory = workspace((own ? each + size : 0) + backward.buffer_floats());
     float* buffer = memory + (own ? each + size : 0);
     const int64_t g = std::max<int64_t>(part.prefix, 0);
     const PackedPrefix packed = packed_at(p, own ? memory : packs + (g * p.kv_heads + h) * each);
-    const Gradient gradient = own ? gradient_at(p, memory + each) : total;
+    const PrefixGradient gradient = own ? prefix_gradient_at(p.count, p.dim, memory + each) : total;
     for (int64_t unit = part.first; unit < part.first + part.units; ++unit) {
       const int64_t b = unit / group;
       if (own && (unit == part.first || unit % group == 0)) {
@@ -176,21 +160,8 @@ void prefix_attend_backward(const Prefix& p, const PrefixGradients& given) {
     }
   });
   if (!given.dkey) return;
-  parallel_chunks(p.groups * p.kv_heads, [&](int64_t i) {
-    const int64_t g = i / p.kv_heads, h = i % p.kv_heads;
-    for (int64_t j = 0; j < p.count; ++j) {
-      const int64_t at = ((g * p.count + j) * p.kv_heads + h) * p.dim;
-      float *dkey = given.dkey + at, *dvalue = given.dvalue + at;
-      for (int64_t d = 0; d < p.dim; ++d) dkey[d] = dvalue[d] = 0;
-      for (int64_t part = 0; part < count; ++part) {
-        if (parts[part].prefix != g) continue;
-        const Gradient from = gradient_at(p, gradients + (part * p.kv_heads + h) * size);
-        store_sum(from.key + j * padded(p.dim), true, p.dim, dkey);
-        store_sum(from.value + j * padded(p.dim), true, p.dim, dvalue);
-      }
-      for (int64_t d = 0; d < p.dim; ++d) dkey[d] *= p.scale;
-    }
-  });
+  sum_prefix_parts({p.groups, p.count, p.kv_heads, p.dim}, count, [&](int64_t part) { return parts[part].prefix; },
+                   gradients, p.scale, given.dkey, given.dvalue);
 }
 
 }  // namespace fusetune::FUSETUNE_ISA

@@ -27,7 +27,7 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """As _base_attention.attend, with a bias that is added, and 0 in wholly masked rows of lse."""
-    if _ours(query, key):
+    if ours(query, key):
         return OP.run("cpu", query.dtype, None)(query, key, value, Options(bias, causal, scale))
     tokens = query.shape[2]
     if not causal or tokens <= BLOCK:
@@ -54,7 +54,7 @@ def attend_backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As _base_attention.attend_backward."""
-    if _ours(query, key):
+    if ours(query, key):
         options = Options(bias, causal, scale)
         run = OP_BACKWARD.run("cpu", query.dtype, None)
         return run(dout, query, key, value, out, lse, options)
@@ -78,7 +78,7 @@ def attend_backward(
     return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
 
-def _ours(query: Tensor, key: Tensor) -> bool:
+def ours(query: Tensor, key: Tensor) -> bool:
     """Whether ops.attention's kernel takes them."""
     faster = is_faster_in(query.dtype) and is_faster_for(query.shape[2], key.shape[2])
     host = backend() in ("auto", "cpu")

@@ -1,5 +1,6 @@
 """prefix_attention's core: the base attention, and the prefix merged into it by log-sum-exp.
 
+Where the base attention is ours too, on the CPU, it takes a plain prefix as further keys.
 Kept for the backward pass are the arguments (by reference), out and lse: nothing of T x S or T x P.
 """
 
@@ -10,11 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from fusetune.ops import _base_attention
+from fusetune.ops import _base_attention, _cpu
+from fusetune.ops._base_attention_cpu import ours
 from fusetune.ops._prefix_attention_cpu import CPU_BACKWARD, CPU_FORWARD
 from fusetune.ops._prefix_attention_gpu import GPU_BACKWARD, GPU_FORWARD
 from fusetune.ops._registry import Impl, Op, define, plain
+from fusetune.ops.attention import JoinedPrefix, cpu_backward, cpu_forward
 from fusetune.reference import prefix_attention as reference
+from fusetune.reference.attention import Options as AttentionOptions
 
 Tensor = torch.Tensor
 
@@ -105,11 +109,54 @@ def _forward(
     given: Given,
 ) -> tuple[Tensor, Tensor]:
     """out like query, lse [B, Hq, T]."""
+    if _joins(query, key, prefix_key, given):
+        return cpu_forward(query, key, value, *_joined(prefix_key, prefix_value, given))
     out, lse = _base_attention.attend(query, key, value, given.mask, given.causal, given.scale)
     run = OP.run(query.device.type, query.dtype, prefix_key.dtype)
     prefix = _strided(prefix_key), _strided(prefix_value)
     merged, lse = run(_strided(query), *prefix, out, lse, given.of_prefix())
     return _by_tokens(merged), lse.contiguous()
+
+
+def _joins(query: Tensor, key: Tensor, prefix_key: Tensor, given: Given) -> bool:
+    """Whether the CPU's attention takes the prefix in its own pass.
+
+    It does not know a bias of the prefix, a window, lengths or the prefix's dropout.
+    """
+    plain_prefix = given.bias is None and given.lengths is None and not given.window
+    if query.device.type != "cpu" or not plain_prefix or given.dropout_p:
+        return False
+    run_here = OP.carrier("cpu", query.dtype, prefix_key.dtype) == "cpu"
+    return run_here and bool(query.numel() and key.shape[2]) and ours(query, key)
+
+
+def _joined(
+    prefix_key: Tensor, prefix_value: Tensor, given: Given
+) -> tuple[AttentionOptions, JoinedPrefix]:
+    rows = None if given.rows is None else given.rows.contiguous()
+    prefix = JoinedPrefix(_strided(prefix_key), _strided(prefix_value), rows)
+    return AttentionOptions(given.mask, given.causal, given.scale), prefix
+
+
+def _joined_backward(
+    dout: Tensor,
+    tensors: tuple[Tensor, ...],
+    out: Tensor,
+    lse: Tensor,
+    given: Given,
+    need_dprefix: bool,
+) -> tuple[Tensor | None, ...]:
+    *tokens, prefix_key, prefix_value = tensors
+    options, prefix = _joined(prefix_key, prefix_value, given)
+    dprefix: tuple[Tensor | None, Tensor | None] = (None, None)
+    if need_dprefix:
+        dprefix = (
+            _cpu.empty(*prefix_key.shape, dtype=torch.float32),
+            _cpu.empty(*prefix_value.shape, dtype=torch.float32),
+        )
+    query, key, value = tokens
+    grads = cpu_backward(dout, query, key, value, out, lse, options, prefix, dprefix)
+    return *grads, *(g if g is None else g.to(prefix_key.dtype) for g in dprefix)
 
 
 def _backward(
@@ -129,12 +176,16 @@ def _backward(
     dkey: Tensor | None = None
     dvalue: Tensor | None = None
     dout = _strided(dout)
+    need_dprefix = needs[3] or needs[4]
+    if any(needs[:3]) and _joins(query, key, prefix_key, given):
+        tensors = (query, key, value, prefix_key, prefix_value)
+        found = _joined_backward(dout, tensors, out, lse, given, need_dprefix)
+        return [g if need else None for g, need in zip(found, needs, strict=True)]
     if any(needs[:3]):
         base = (query, key, value, given.mask, given.causal, given.scale, out, lse)
         dquery, dkey, dvalue = _base_attention.attend_backward(dout, *base)
     run = OP_BACKWARD.run(query.device.type, query.dtype, prefix_key.dtype)
     prefix = _strided(prefix_key), _strided(prefix_value)
-    need_dprefix = needs[3] or needs[4]
     dquery, dprefix_key, dprefix_value = run(
         *(dout, _strided(query), *prefix, out, lse),
         *(given.of_prefix(), dquery, needs[0], need_dprefix),

@@ -8,7 +8,7 @@ and what is kept is the result, a log-sum-exp for each query and the dropout's s
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -70,14 +70,31 @@ def attention(
 # --- implementations ------------------------------------------------------------------------------
 
 
-def _described(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Any, ...]:
+class JoinedPrefix(NamedTuple):
+    """Further keys and values [G, P, Hkv, D]; rows: int64 [B], which each batch row sees (or -1).
+
+    One pass does both segments: query and result are read and written once.
+    """
+
+    key: Tensor
+    value: Tensor
+    rows: Tensor | None
+
+
+def _described(
+    query: Tensor, key: Tensor, value: Tensor, options: Options, prefix: JoinedPrefix | None
+) -> tuple[Any, ...]:
     """The kernels' description, and the mask it points to, which must outlive it."""
     batch, heads, tokens, dim = query.shape
     bias = _bias(options.mask, (batch, heads, tokens, key.shape[2]))
     sizes = (batch, heads, key.shape[1], tokens, key.shape[2], dim)
     drop = _cpu.dropout(options.dropout_p, options.seed)
     tensors = (*map(_cpu.heads, (query, key, value)), _cpu.distances(bias))
-    return (sizes, *tensors, options.causal, options.scale, drop), bias
+    joined: tuple[Any, ...] = (_cpu.heads(None), _cpu.heads(None), 1, 0, 0)
+    if prefix is not None:
+        keys_values = (_cpu.heads(t.transpose(1, 2)) for t in prefix[:2])
+        joined = (*keys_values, *prefix.key.shape[:2], _cpu.address(prefix.rows))
+    return (sizes, *tensors, options.causal, options.scale, drop, joined), bias
 
 
 def _bias(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
@@ -103,17 +120,18 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _cpu_forward(
-    query: Tensor, key: Tensor, value: Tensor, options: Options
+def cpu_forward(
+    query: Tensor, key: Tensor, value: Tensor, options: Options, prefix: JoinedPrefix | None = None
 ) -> tuple[Tensor, Tensor]:
+    """out like query and lse [B, Hq, T]. The tensors of a prefix have contiguous rows."""
     query, key, value = map(_rows, (query, key, value))
     out, lse = _like(query), _cpu.empty(*query.shape[:3], dtype=torch.float32)
-    described, _bias = _described(query, key, value, options)
+    described, _bias = _described(query, key, value, options, prefix)
     _cpu.kernels().attention(described, _cpu.heads(out), lse.data_ptr())
     return out, lse
 
 
-def _cpu_backward(
+def cpu_backward(
     dout: Tensor,
     query: Tensor,
     key: Tensor,
@@ -121,23 +139,29 @@ def _cpu_backward(
     out: Tensor,
     lse: Tensor,
     options: Options,
+    prefix: JoinedPrefix | None = None,
+    dprefix: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(dquery, dkey, dvalue). dprefix: where the gradients of a prefix go, fp32 without gaps."""
     dout, query, key, value, out = map(_rows, (dout, query, key, value, out))
     grads = _like(query), _like(key), _like(value)
-    described, _bias = _described(query, key, value, options)
-    upper = _cpu.heads(dout), _cpu.heads(out), lse.contiguous().data_ptr()
-    _cpu.kernels().attention_backward(described, *upper, *map(_cpu.heads, grads))
+    described, _bias = _described(query, key, value, options, prefix)
+    lse = lse.contiguous()
+    upper = _cpu.heads(dout), _cpu.heads(out), lse.data_ptr()
+    _cpu.kernels().attention_backward(
+        described, *upper, *map(_cpu.heads, grads), *map(_cpu.address, dprefix)
+    )
     return grads
 
 
 OP = Op(
     "attention",
-    Impl("cpu", _cpu_forward, _cpu.supports("attention"), 10),
+    Impl("cpu", cpu_forward, _cpu.supports("attention"), 10),
     Impl("reference", reference.attention, lambda case: None, 0),
 )
 OP_BACKWARD = Op(
     "attention_backward",
-    Impl("cpu", _cpu_backward, _cpu.supports("attention_backward"), 10),
+    Impl("cpu", cpu_backward, _cpu.supports("attention_backward"), 10),
     Impl("reference", reference.attention_backward, lambda case: None, 0),
 )
 

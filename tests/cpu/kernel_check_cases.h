@@ -68,7 +68,7 @@ template <class F>
 void for_linear_cases(const F& f) {
   const int64_t shapes[][4] = {{1, 64, 64, 0},  {1, 7, 130, 3},   {3, 33, 192, 1},   {5, 33, 192, 16},
                                {8, 70, 512, 0}, {27, 40, 832, 8}, {33, 40, 320, 8}, {70, 257, 129, 17},
-                               {131, 43, 700, 5}, {130, 610, 50, 16}};
+                               {131, 43, 700, 5}, {130, 610, 50, 16}, {530, 20, 64, 2}};
   for (const auto& [m, n, k, rank] : shapes) {
     for (Dtype dtype : kDtypes) {
       for (bool nested : {false, true}) {
@@ -82,6 +82,18 @@ void for_linear_cases(const F& f) {
         describe(m, n, k, rank, dtype) + " dense");
     }
   }
+}
+
+// The weight as it is multiplied: AMX's tiles hold it rounded to bf16, as x is, where its rows are whole tiles.
+Doubles as_multiplied(const Kernels& kernels, int64_t k, Dtype dtype, const Weight& w, const Doubles& values) {
+  Doubles all = values;
+  if (std::strcmp(kernels.isa, "amx") || dtype != Dtype::bf16 || !w.quantized || k % 32) return all;
+  for (double& v : all) {
+    bf16 rounded;
+    check::from_float(static_cast<float>(v), rounded);
+    v = check::to_float(rounded);
+  }
+  return all;
 }
 
 Result check_linear(const Kernels& kernels) {
@@ -99,7 +111,9 @@ Result check_linear(const Kernels& kernels) {
       magnitude[static_cast<size_t>(i)] = std::fabs(exact[static_cast<size_t>(i)]);
     }
     const Doubles xs = x.values(), l = doubles(left), r = doubles(right);
-    add_product(exact, magnitude, m, n, k, {xs, k, 1}, {values, 1, k});
+    const bool few = m <= 3;  // rows, which are left to the kernels without tiles
+    const Doubles multiplied = few ? values : as_multiplied(kernels, k, dtype, w, values);
+    add_product(exact, magnitude, m, n, k, {xs, k, 1}, {multiplied, 1, k});
     add_product(exact, magnitude, m, n, rank, {l, rank, 1}, {r, 1, rank}, 0.5);
     compare(result, y.values(), exact, magnitude, std::sqrt(double(k + rank)), dtype, name);
   });
@@ -114,13 +128,14 @@ Result check_linear_dx(const Kernels& kernels) {
     dy.randomize();
     const Floats left = random_floats(m * rank), right = random_floats(rank * k);
     const Doubles dys = dy.values(), l = doubles(left), r = doubles(right);
+    const Doubles multiplied = as_multiplied(kernels, k, dtype, w, values);
     for (const Dropout& drop : {kNoDropout, kSomeDropout}) {
       const LowRank tail{left.data(), right.data(), rank, 0.5f};
       kernels.linear_dx(dy.matrix(), m, n, k, w, tail, drop, false, dx.mut());
       Doubles exact(static_cast<size_t>(m * k)), magnitude = exact;
       const std::vector<bool> keep = kept(drop, m, k);
       add_product(exact, magnitude, m, k, rank, {l, rank, 1}, {r, k, 1}, 0.5 * drop.scale, &keep);
-      add_product(exact, magnitude, m, k, n, {dys, n, 1}, {values, k, 1});
+      add_product(exact, magnitude, m, k, n, {dys, n, 1}, {multiplied, k, 1});
       compare(result, dx.values(), exact, magnitude, std::sqrt(double(n + rank)), dtype,
               name + (drop.threshold ? " dropout" : ""));
       dx.randomize();

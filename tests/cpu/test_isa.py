@@ -68,7 +68,9 @@ def test_equals_scalar(isa_restored, isa, rows, dtype):
 @needs_native
 def test_best_comes_first():
     assert ISAS[-1] == "scalar"
-    assert sorted(ISAS, key=["amx", "avx512_bf16", "avx512", "avx2", "neon", "scalar"].index) == ISAS
+    assert (
+        sorted(ISAS, key=["amx", "avx512_bf16", "avx512", "avx2", "neon", "scalar"].index) == ISAS
+    )
     for isa in ("amx", "avx512_bf16", "avx512", "avx2", "neon", "scalar"):
         reason = C.isa_unavailable_reason(isa)
         assert (reason is None) == (isa in ISAS), (isa, reason)
@@ -113,7 +115,10 @@ print(_native.reason)
     [
         ("sse9", "no such instruction set"),
         (
-            next((i for i in ("amx", "avx512_bf16", "avx512", "avx2", "neon") if i not in ISAS), "neon"),
+            next(
+                (i for i in ("amx", "avx512_bf16", "avx512", "avx2", "neon") if i not in ISAS),
+                "neon",
+            ),
             "not built for this machine|this CPU does not have it",
         ),
     ],
