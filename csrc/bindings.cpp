@@ -94,6 +94,13 @@ void bind_runtime(py::module_& m) {
     for (const Kernels* const* k = available_kernels(); *k; ++k) names.emplace_back((*k)->isa);
     return names;
   });
+  m.def("is_intel", [] {
+#if defined(__x86_64__)
+    return __builtin_cpu_is("intel") != 0;
+#else
+    return false;
+#endif
+  });
   m.def("isa_unavailable_reason", [](const std::string& isa) -> std::optional<std::string> {
     const char* reason = isa_unavailable_reason(isa.c_str());
     return reason ? std::optional<std::string>(reason) : std::nullopt;

@@ -73,13 +73,14 @@ def backends(device: str) -> dict[str, dict[str, Any]]:
 def cpu_name() -> str:
     """The processor's marketing name, or its architecture where that is not to be had.
 
-    Virtual machines may be told "AMD EPYC" and no more: the generation is added to it.
+    Virtual machines may be told "AMD EPYC" or "Intel Xeon Processor" and no more: the generation is
+    added to it.
     """
     info = _cpuinfo()
     name = info.get("model name")
     if not name:
         return platform.processor() or platform.machine()
-    generation = None if any(map(str.isdigit, name)) else _zen(info)
+    generation = None if any(map(str.isdigit, name)) else _zen(info) or _lake_or_rapids(info)
     return f"{name} ({generation})" if generation else name
 
 
@@ -89,6 +90,14 @@ def _zen(info: dict[str, str]) -> str | None:
     if info.get("cpu family") == "25":
         return "Zen 4" if "avx512f" in info.get("flags", "").split() else "Zen 3"
     return {"23": "Zen 1 or 2", "26": "Zen 5"}.get(info.get("cpu family", ""))
+
+
+def _lake_or_rapids(info: dict[str, str]) -> str | None:
+    if info.get("vendor_id") != "GenuineIntel" or info.get("cpu family") != "6":
+        return None
+    server = {"85": "Skylake or Cascade Lake", "106": "Ice Lake", "143": "Sapphire Rapids"}
+    server |= {"207": "Emerald Rapids", "173": "Granite Rapids"}
+    return server.get(info.get("model", ""))
 
 
 def cpu_label() -> str:

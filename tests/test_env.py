@@ -140,12 +140,15 @@ def test_forcing_an_instruction_set_from_python():
 
 def test_processors_without_a_model_are_told_by_their_generation(monkeypatch):
     amd = {"vendor_id": "AuthenticAMD", "model name": "AMD EPYC", "flags": "avx2"}
+    intel = {"vendor_id": "GenuineIntel", "model name": "Xeon", "cpu family": "6"}
     names = {
         "AMD EPYC (Zen 3)": {**amd, "cpu family": "25"},
         "AMD EPYC (Zen 4)": {**amd, "cpu family": "25", "flags": "avx2 avx512f"},
         "AMD EPYC (Zen 5)": {**amd, "cpu family": "26"},
         "AMD EPYC": {**amd, "cpu family": "99"},
         "AMD EPYC 9655": {**amd, "cpu family": "26", "model name": "AMD EPYC 9655"},
+        "Xeon (Emerald Rapids)": {**intel, "model": "207"},
+        "Xeon": {**intel, "model": "999"},
         "Virtual CPU": {"vendor_id": "GenuineIntel", "model name": "Virtual CPU"},
     }
     for name, info in names.items():

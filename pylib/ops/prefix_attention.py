@@ -1,7 +1,8 @@
 """prefix_attention: attention to a prefix of keys and values and to those of the tokens.
 
 The prefix is read where it lies, once for all rows of the batch: nothing is concatenated, no mask
-is widened. torch's own attention does the tokens; the prefix is merged into its result.
+is widened. torch's own attention does the tokens, and the prefix is merged into its result; on the
+CPU ours does both in one pass.
 """
 
 from __future__ import annotations
