@@ -76,6 +76,7 @@ bool has(const std::string& name) {
   if (name == "prefix_attend_backward") return k.prefix_attend_backward;
   if (name == "attention") return k.attention;
   if (name == "attention_backward") return k.attention_backward;
+  if (name == "rotary") return k.rotary;
   if (name == "glu") return k.glu;
   if (name == "glu_backward") return k.glu_backward;
   if (name == "importance") return k.importance;

@@ -1,4 +1,4 @@
-// The part of fusetune._C that binds attention with dropout. Conventions as in bindings.h, and
+// The part of fusetune._C that binds attention and the rotation of its operands. Conventions as in bindings.h, and
 //   Attention (sizes B, Hq, Hkv, T, S, D; query, key, value as Heads; bias: address and three distances; causal, scale,
 //             dropout; prefix: key and value [G, Hkv, P, D] as Heads, G, P, rows)
 #include <array>
@@ -44,6 +44,14 @@ void bind_attention(py::module_& m) {
                                       heads(dkey),  heads(dvalue), pointer<float>(dprefix_key), pointer<float>(dprefix_value)};
     py::gil_scoped_release no_gil;
     run(attention, given);
+  });
+  m.def("rotary", [](const HeadsArg& x, const std::array<int64_t, 4>& sizes, const HeadsArg& cos, const HeadsArg& sin,
+                     bool transposed, const HeadsArg& out) {
+    const auto run = built(kernels().rotary, "rotary");
+    const RotaryShape shape = {sizes[0], sizes[1], sizes[2], sizes[3]};
+    const Heads from = heads(x), to = heads(out), c = heads(cos), s = heads(sin);
+    py::gil_scoped_release no_gil;
+    run(from, shape, c, s, transposed, to);
   });
 }
 

@@ -38,6 +38,7 @@ _LAYERS = {
     "transformers_dropout": ("transformers",),
     "transformers_mlp": ("transformers",),
     "transformers_norm": ("transformers",),
+    "transformers_rotary": ("transformers",),
 }
 # Integrations that give a function to modules, whose classes stay: install, installed, restore.
 _FUNCTIONS = ("transformers", "transformers_attention")
@@ -55,9 +56,10 @@ def fuse(model: nn.Module, *, loss: bool = True, dropout: bool = True) -> FuseRe
     Covers PEFT's LoRA, AdaLoRA and IA3 on dense and on bitsandbytes' 4-bit linear layers, LoRA on
     token embeddings, convolutions and transformers' experts, PEFT's prefix tuning, 4-bit layers
     without an adapter, the activation of transformers' gated MLPs and, with `loss`, its
-    language-model losses; on CPUs its norms, its sdpa attention and the linear layers that are
-    frozen and fp32. With `dropout`, on CPUs, also the dropout that transformers' own modules have:
-    its rates stay, and torch.manual_seed fixes its masks, but they are not those that torch draws.
+    language-model losses; on CPUs its norms, its rotary embedding of positions, its sdpa attention
+    and the linear layers that are frozen and fp32. With `dropout`, on CPUs, also the dropout that
+    transformers' own modules have: its rates stay, and torch.manual_seed fixes its masks, but they
+    are not those that torch draws.
     Call it once the adapters are in place; another call covers what was added since and changes
     nothing else.
 
@@ -69,7 +71,8 @@ def fuse(model: nn.Module, *, loss: bool = True, dropout: bool = True) -> FuseRe
     with _undone_on_error(model) as undo:
         importlib.import_module("fusetune.integrations.linear").discover(model)
         if "transformers" in sys.modules:
-            for part in ("mlp", "norm", "dropout") if dropout else ("mlp", "norm"):
+            parts = ("mlp", "norm", "rotary", *(["dropout"] if dropout else []))
+            for part in parts:
                 importlib.import_module(f"fusetune.integrations.transformers_{part}").discover(
                     model
                 )

@@ -182,6 +182,11 @@ struct AttentionGradients {
   float *dprefix_key, *dprefix_value;
 };
 
+// x [B, H, T, D], cos and sin [B, 1, T, D]; D is even.
+struct RotaryShape {
+  int64_t batch, heads, tokens, dim;
+};
+
 // Many small matrices, fp32 without gaps, and their moving averages. grads[i] null: those of i stay as they are. first:
 // where the scores of each begin.
 struct ImportanceMatrices {

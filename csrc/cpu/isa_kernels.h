@@ -45,6 +45,7 @@ Function<decltype(Kernels::prefix_attend)> prefix_attend;
 Function<decltype(Kernels::prefix_attend_backward)> prefix_attend_backward;
 Function<decltype(Kernels::attention)> attention;
 Function<decltype(Kernels::attention_backward)> attention_backward;
+Function<decltype(Kernels::rotary)> rotary;
 Function<decltype(Kernels::glu)> glu;
 Function<decltype(Kernels::glu_backward)> glu_backward;
 Function<decltype(Kernels::scale_columns)> scale_columns;

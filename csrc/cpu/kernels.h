@@ -92,6 +92,10 @@ struct Kernels {
   // out [B, Hq, T, D] and lse [B, Hq, T] of the weights before dropout. Where nothing is seen out is 0 and lse infinite.
   void (*attention)(const Attention& a, const Heads& out, float* lse);
   void (*attention_backward)(const Attention& a, const AttentionGradients& given);
+  // out = x * cos + (-x2, x1) * sin, x1 and x2 the halves of a head; transposed: its backward pass. Elements lie side by
+  // side in the last dimension.
+  void (*rotary)(const Heads& x, const RotaryShape& shape, const Heads& cos, const Heads& sin, bool transposed,
+                 const Heads& out);
   // y = f(gate) * up, all [M, N] and of one dtype; f: silu, gelu or gelu_new.
   void (*glu)(const Matrix& gate, const Matrix& up, int64_t m, int64_t n, Activation kind, const MutMatrix& y);
   // dgate and dup, null where not needed; either may be dy, gate or up itself.

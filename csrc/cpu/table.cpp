@@ -42,6 +42,7 @@ const Kernels table = {
     /*prefix_attend_backward=*/prefix_attend_backward,
     /*attention=*/attention,
     /*attention_backward=*/attention_backward,
+    /*rotary=*/rotary,
     /*glu=*/glu,
     /*glu_backward=*/glu_backward,
     /*scale_columns=*/scale_columns,

@@ -21,6 +21,16 @@ class KnownForward:
     swaps: dict[type[nn.Module], type[Any]]  # stock class -> fused class, of those that were met
     _known_forward: Any  # the forward that the base knows; without a docstring, as it is compared
 
+    @classmethod
+    def knows(cls, kind: type[nn.Module]) -> bool:
+        """Whether a stock class is one that the base can stand in for."""
+        return has_forward(kind, cls._known_forward)
+
+    @classmethod
+    def members(cls, stock: type[nn.Module]) -> dict[str, Any]:
+        """What the fused class of a stock class has of its own, beside the base's."""
+        return {}
+
     def __reduce__(self: Any) -> tuple[Any, ...]:
         """By the stock class: this one is made at run time."""
         return _blank, (type(self).__bases__[0], self.stock_class), self.__dict__
@@ -32,14 +42,14 @@ def discover(model: nn.Module, *bases: type[KnownForward]) -> None:
         if not kind.__module__.startswith("transformers.models."):
             continue
         for base in bases:
-            if has_forward(kind, base._known_forward):
+            if base.knows(kind):
                 _fused_class(base, kind)
 
 
 def _fused_class(base: type[KnownForward], stock: type[nn.Module]) -> type[Any]:
     """Always the same one."""
     if stock not in base.swaps:
-        name, own = f"Fused{stock.__name__}", {"stock_class": stock}
+        name, own = f"Fused{stock.__name__}", {"stock_class": stock, **base.members(stock)}
         base.swaps[stock] = type(name, (base, stock), own)
     return base.swaps[stock]
 

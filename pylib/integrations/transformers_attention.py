@@ -1,7 +1,7 @@
 """Fused sdpa attention of transformers' models, on CPUs: with dropout of its weights, and without.
 
 The function is nn/fused_sdpa.py's. Attention by another function, elsewhere than on a CPU, with a
-bias of the positions (T5), or, on CPUs with AMX, in 16 bits without dropout is none of ours, and
+bias of the positions (T5), or, on CPUs with AMX, in bfloat16 without dropout is none of ours, and
 the report does not mention it. Calls with a single query or, without dropout, with more than 2,048
 keys run the stock function, which is as fast there; so does compiled code, which torch is to see
 whole.

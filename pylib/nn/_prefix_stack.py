@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 ACTIVE = "_fusetune_prefix"  # in a stack: the Prefix of the moment
 KEYWORD = "fusetune_prefix"  # the Call, in a forward's keyword arguments
-PLACE = "_fusetune_place"  # in an attention module: (place, layer)
+# In an attention module: (place, layer). Not of fuse's names, which go when the class changes.
+PLACE = "_prefix_place"
 _PLACES = "_fusetune_places"  # in a stack or layer: those of its attention modules
 _OWNER = "_fusetune_bias_owner"  # in a stack: the name of T5's module with the positions' table
 _SHIFT = "_fusetune_shift"  # in a module of positions: how far to move them, for one call
@@ -67,9 +68,8 @@ def install(stack: Stack) -> None:
 def remove(stack: nn.Module) -> None:
     """Leaves no trace of `install`."""
     for module in stack.modules():
-        for key in [key for key in module.__dict__ if key.startswith("_fusetune_")]:
-            if key in (ACTIVE, PLACE, _PLACES, _OWNER, _SHIFT):
-                del module.__dict__[key]
+        for key in (ACTIVE, PLACE, _PLACES, _OWNER, _SHIFT):
+            module.__dict__.pop(key, None)
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             hooks = getattr(module, kind)
             for number in [n for n, hook in hooks.items() if hook in _HOOKS]:

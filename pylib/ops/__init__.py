@@ -39,6 +39,7 @@ from fusetune.ops.prefix_attention import prefix_attention
 from fusetune.ops.prompt_embed import extend_labels, extend_mask, prompt_embed
 from fusetune.ops.quantize_4bit import quantize_4bit
 from fusetune.ops.rms_norm import rms_norm
+from fusetune.ops.rotary import rotary
 
 __all__ = [
     "OPS",
@@ -74,6 +75,7 @@ __all__ = [
     "prompt_embed",
     "quantize_4bit",
     "rms_norm",
+    "rotary",
     "set_backend",
     "set_decode_int16",
     "set_isa",

@@ -7,13 +7,19 @@ import stock_peft
 import torch
 
 from fusetune import ops
-from fusetune.integrations import linear, transformers_attention, transformers_norm
+from fusetune.integrations import (
+    linear,
+    transformers_attention,
+    transformers_norm,
+    transformers_rotary,
+)
 
 stock_peft.patch()
 
 COUNTED = (
     "linear",
     "rms_norm",
+    "rotary",
     "cross_entropy",
     "dora_linear",
     "dropout",
@@ -73,7 +79,8 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def stock_base(monkeypatch):
-    """A base whose linear layers, norms and attention stay stock: what else is fused is alone."""
-    for kind in (linear.FusedLinear, transformers_norm.FusedRMSNorm):
+    """A base whose linear layers, norms, rotary and attention stay stock: the rest is alone."""
+    stock = linear.FusedLinear, transformers_norm.FusedRMSNorm, transformers_rotary.FusedRotary
+    for kind in stock:
         monkeypatch.setattr(kind, "accepts", classmethod(lambda cls, module: False))
     monkeypatch.setattr(transformers_attention, "install", lambda module, dropout: False)

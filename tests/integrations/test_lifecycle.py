@@ -176,7 +176,8 @@ def test_native_load_adapter(tmp_path, calls):
     native, _ = tiny_models.llama(1)
     native.load_adapter(str(tmp_path))
     report = fusetune.fuse(native)
-    assert len(report.fused) == 7 + 7  # LoRA; three norms, activation, attention, lm_head, loss
+    # LoRA; three norms, activation, rotary, attention, lm_head, loss
+    assert len(report.fused) == 7 + 8
     torch.testing.assert_close(logits(native, inputs), logits(model, inputs))
     assert calls.count("lora_linear") == 7
 
@@ -340,14 +341,14 @@ def test_report_shows_every_layer_once_and_groups_them():
     report = fusetune.fuse(model)
     model.get_submodule(LAYER).base_layer.register_forward_hook(lambda *_: None)
     report.refresh()
-    assert len(report.rows) == 3 * (7 + 2 + 2) + 3
+    assert len(report.rows) == 3 * (7 + 2 + 3) + 3
     assert [row.module for row in report.stock] == [LAYER]
     text = str(report)
     assert "base_model.model.model.layers.*.self_attn.q_proj" in text
     assert "stock: base_layer has hooks" in text
-    assert len(text.splitlines()) == 2 + 1 + 7 + 2 + 2 + 1 + 1 + 1 + 1
-    assert len(report.table(full=True).splitlines()) == 2 + 36 + 1
-    assert "35 of 36 fused" in text
+    assert len(text.splitlines()) == 2 + 1 + 7 + 2 + 3 + 1 + 1 + 1 + 1
+    assert len(report.table(full=True).splitlines()) == 2 + 39 + 1
+    assert "38 of 39 fused" in text
 
 
 def test_other_peft_layers_are_listed_with_a_reason():

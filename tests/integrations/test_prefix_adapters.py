@@ -184,7 +184,15 @@ def test_lora_of_another_adapter_stays_what_it_is(under):
     report = fusetune.fuse(model)
     layer = base.model.layers[0].self_attn.q_proj
     assert type(layer) is FusedLinear
-    methods = {"LoRA", "prefix tuning", "swiglu", "rms norm", "frozen linear", "cross-entropy"}
+    methods = {
+        "LoRA",
+        "prefix tuning",
+        "swiglu",
+        "rms norm",
+        "rotary",
+        "frozen linear",
+        "cross-entropy",
+    }
     assert {row.method for row in report.rows} == methods
     prefix_models.assert_equal_steps(prefix_models.step(model, inputs), expected)
     assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())

@@ -1,5 +1,6 @@
 """PEFT's prefix tuning, fused, makes the same step as the stock one."""
 
+import copy
 import functools
 
 import prefix_models
@@ -53,11 +54,14 @@ def test_the_step_is_the_stock_one(name, padding, calls):
     model, task = prefix_models.prefix_tuned(MODELS[name])
     inputs = prefix_models.inputs(task, padding=padding)
     expected = prefix_models.step(model, inputs)
+    exact = prefix_models.step(copy.deepcopy(model).double(), inputs)
     assert row(model).fused
     base = prefix_models.loss_of(model.base_model(**inputs))
     assert (base - expected["loss"]).abs() > 1e-4 * base
     assert not calls
     got = prefix_models.step(model, inputs)
+    # Against PEFT's in float64: its own rounding comes to as much as what is allowed.
+    expected["loss"] = exact["loss"].to(got["loss"].dtype)
     prefix_models.assert_equal_steps(got, expected)
     assert len(calls) == (2 if name == "bart" else 3)
 
