@@ -40,8 +40,9 @@ void bind_attention(py::module_& m) {
                                  Address dprefix_key, Address dprefix_value) {
     const auto run = built(kernels().attention_backward, "attention_backward");
     const Attention attention = attention_of(arg);
-    const AttentionGradients given = {heads(dout),  heads(out),    pointer<float>(lse),         heads(dquery),
-                                      heads(dkey),  heads(dvalue), pointer<float>(dprefix_key), pointer<float>(dprefix_value)};
+    const AttentionGradients given = {
+        heads(dout), heads(out),    pointer<float>(lse),         heads(dquery),
+        heads(dkey), heads(dvalue), pointer<float>(dprefix_key), pointer<float>(dprefix_value)};
     py::gil_scoped_release no_gil;
     run(attention, given);
   });

@@ -132,7 +132,8 @@ static inline void linear_tiles(const Matrix& x, int64_t m, int64_t n, int64_t k
       const Tiles tiles;
       const auto decode = w.quantized->absmax_q ? decode_rows<true> : decode_rows<false>;
       for_groups(columns, slices, [&](int64_t c, int64_t s) {
-        const int64_t count = slices.size(s), next = count * kTileElements, wanted = std::min(kGroupColumns, columns - c);
+        const int64_t count = slices.size(s), next = count * kTileElements;
+        const int64_t wanted = std::min(kGroupColumns, columns - c);
         const bool last = c + kGroupColumns >= columns;
         const int64_t ahead = (last ? count * kTileDepth - c * k : kGroupColumns * k) / 2;
         decode(weight, column + c, wanted, s * kTileDepth, count, ahead, group);
@@ -164,8 +165,8 @@ static inline void write_row(const float* sums, int64_t columns, const MutMatrix
 }
 
 // dx = dy . W + mask * tail: the weight is the right operand, and sums are in rows as dx is.
-static inline void linear_dx_tiles(const Matrix& dy, int64_t m, int64_t n, int64_t k, const Weight& w, const LowRank& tail,
-                            const Dropout& dropout, bool add_to, const MutMatrix& dx) {
+static inline void linear_dx_tiles(const Matrix& dy, int64_t m, int64_t n, int64_t k, const Weight& w,
+                                   const LowRank& tail, const Dropout& dropout, bool add_to, const MutMatrix& dx) {
   const Rows weight = weight_rows(w);
   const TileGrid grid = tile_grid(m, k);
   const Slices slices(n);

@@ -19,5 +19,5 @@ def test_trainer(model_folder, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     # Seven linear layers, attention, MLP and two norms in each of two blocks; norm, head and loss.
-    assert "25 of 25 fused" in result.stdout
+    assert "27 of 27 fused" in result.stdout
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -79,9 +79,10 @@ FUSETUNE_INLINE U word_codebooks(const Codebook& code, float first, float second
 // 32]. A row of them takes a load, two shuffles, a shift and a store. Rows behind `count` stay as they are. Asks for the
 // codes `ahead` bytes further on.
 template <bool nested>
-static inline void decode_rows(const Rows& w, int64_t row, int64_t count, int64_t d, int64_t steps, int64_t ahead, bf16* to) {
+static inline void decode_rows(const Rows& w, int64_t row, int64_t count, int64_t d, int64_t steps, int64_t ahead,
+                               bf16* to) {
   const Weight4bit weight = *w.quantized;
-  // Element k of the words lies in byte k / 2, the even ones in its upper half. A fifth bit is the other element's:
+  // Element k of the words lies in byte k / 2, the even ones in its upper half. The fifth bit is the other element's:
   // the codebook stands twice.
   const U bytes = _mm512_setr_epi32(  //
       0x80008000, 0x80018001, 0x80028002, 0x80038003, 0x80048004, 0x80058005, 0x80068006, 0x80078007, 0x80088008,
@@ -110,8 +111,8 @@ static inline void decode_rows(const Rows& w, int64_t row, int64_t count, int64_
 // The same rows as pairs of steps of the reduction, in 32 columns from `column` on, as tiles of a right operand: to
 // [2][steps][16 x 32]. Rows behind `count` are zeros.
 template <bool nested>
-static inline void decode_row_pairs(const Rows& w, int64_t row, int64_t count, int64_t column, int64_t steps, int64_t ahead,
-                             bf16* to) {
+static inline void decode_row_pairs(const Rows& w, int64_t row, int64_t count, int64_t column, int64_t steps,
+                                    int64_t ahead, bf16* to) {
   const Weight4bit weight = *w.quantized;
   // Column k's nibbles lie in byte k / 2 of both rows, the even ones' in its upper half: the first row's becomes the
   // lower word of dword k, the second row's the upper one, which looks up the second codebook.
@@ -142,7 +143,8 @@ static inline void decode_row_pairs(const Rows& w, int64_t row, int64_t count, i
     const auto columns_of = [&](U low, U high) __attribute__((always_inline)) {
       const U both = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(a, low), kUpper, b, high);
       const U words = _mm512_srlv_epi16(both, shifts);
-      return look_up_words(_mm512_ternarylogic_epi32(words, nibbles, second, 0xea), values);  // words & nibbles | second
+      const U places = _mm512_ternarylogic_epi32(words, nibbles, second, 0xea);  // words & nibbles | second
+      return look_up_words(places, values);
     };
     store_words(out, columns_of(lower, upper));
     store_words(out + steps * kTileElements, columns_of(_mm512_or_si512(lower, next), _mm512_or_si512(upper, next)));
