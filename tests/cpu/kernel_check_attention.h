@@ -1,5 +1,5 @@
-// The case of attention, with dropout of its weights and to a prefix. Included by kernel_check_cases.h, inside kernel_check.cpp's
-// namespace.
+// The case of attention, with dropout of its weights and to a prefix. Included by kernel_check_cases.h, inside
+// kernel_check.cpp's namespace.
 
 struct AttentionResults {
   Result out, lse, dquery, dkey, dvalue, dprefix_key, dprefix_value;
@@ -11,7 +11,7 @@ struct AttentionResults {
   }
 };
 
-// All there is of a call, in rows of D: queries are rows (b, head, i), keys are rows (b, h, j), those of prefixes (g, j, h).
+// All there is of a call, in rows of D: queries are rows (b, head, i), keys (b, h, j), those of prefixes (g, j, h).
 struct AttentionCase {
   int64_t batch, heads, kv_heads, tokens, keys, dim, groups, prefix;
   bool causal;
@@ -44,7 +44,8 @@ struct AttentionCase {
   Attention attention() {
     return {batch, heads, kv_heads, tokens, keys, dim, queries(query), of_keys(key), of_keys(value),
             bias.data(), 0, tokens * keys, keys, causal, kScale, dropout,
-            {of_prefix(prefix_key), of_prefix(prefix_value), groups, prefix, groups > 1 ? rows_of_prefix.data() : nullptr}};
+            {of_prefix(prefix_key), of_prefix(prefix_value), groups, prefix,
+             groups > 1 ? rows_of_prefix.data() : nullptr}};
   }
 };
 
@@ -178,7 +179,8 @@ AttentionResults check_attention(const Kernels& kernels) {
         for (const Dropout& drop : {kNoDropout, kSomeDropout}) {
           AttentionCase c{batch, heads, kv_heads, tokens, keys, dim, groups, prefix, causal, dtype, drop};
           const std::string name = describe(batch * heads * tokens, keys, dim, prefix, dtype);
-          check_attention_case(kernels, c, results, name + (causal ? ", causal" : "") + (drop.threshold ? ", dropout" : ""));
+          const std::string kind = std::string(causal ? ", causal" : "") + (drop.threshold ? ", dropout" : "");
+          check_attention_case(kernels, c, results, name + kind);
         }
       }
     }
