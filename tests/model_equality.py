@@ -6,6 +6,8 @@ import bitsandbytes as bnb
 import tiny_models
 import torch
 
+import fusetune
+
 
 def assert_near(got, eager, exact):
     """Dicts of tensors. The relative error (of norms) of each is at most four times the largest
@@ -24,6 +26,15 @@ def assert_near(got, eager, exact):
     errors = {name: error(got, name) for name in got}
     wrong = {name: value for name, value in errors.items() if not value <= allowed}
     assert not wrong, f"allowed {allowed}: {wrong}"
+
+
+def assert_the_fused_step_is_the_stock_one(method, count):
+    """Of a LLaMA with LoRA, in which so many modules are fused as `method` says."""
+    stock, inputs = tiny_models.lora_llama()
+    fused = copy.deepcopy(stock)
+    found = [row for row in fusetune.fuse(fused).rows if row.method == method]
+    assert [row.fused for row in found] == [True] * count
+    assert_near(step(fused, inputs), step(stock, inputs), step(float64_copy(stock), inputs))
 
 
 def step(model, inputs):

@@ -1,14 +1,14 @@
 // The macro kernels of linear and linear_dx on AMX: x in bf16, a 4-bit weight rounded to bf16, sums in fp32.
 //
-// Tiling. x (or dy), up to 512 rows of it, is packed into tiles once for all tasks. A task owns a block of columns of the
-// output for those rows and keeps its sums in L2. For each slice of the reduction (256 deep) it decodes 32 columns of
-// the weight into 16 tiles, 16 KB that stay in L1, and multiplies them by all rows, 2 x 2 tiles at a time: four tiles are
-// loaded for four products of 16 cycles each, two of them from L2, which gives one in 20 to 25 cycles.
+// Tiling. x (or dy), up to 512 rows of it, is packed into tiles once for all tasks. A task owns a block of columns of
+// the output for those rows and keeps its sums in L2. For each slice of the reduction (256 deep) it decodes 32 columns
+// of the weight into 16 tiles, 16 KB that stay in L1, and multiplies them by all rows, 2 x 2 tiles at a time: four tiles
+// are loaded for four products of 16 cycles each, two of them from L2.
 //
 // Bytes per task: columns * K / 2 of codes from memory, the packed rows once (2 K bytes a row) from L3, and for each
-// slice 8 bytes for each sum from L2. Cycles: 16 for a product of 8192 FMAs, and 48 (forward) or 64 (backward) to decode
-// a tile of the weight, which its products with 16 rows each share: up to 48 rows decoding takes longer than
-// multiplying, at 512 it is a tenth.
+// slice 8 bytes for each sum from L2. Cycles, counted by ports: 16 for a product of 8192 FMAs, and 48 (forward) or 64
+// (backward) to decode a tile of the weight, which its products with 16 rows each share: up to 48 rows decoding takes
+// longer than multiplying, at 512 it is a tenth.
 #pragma once
 #include "dropout.h"
 #include "float_rows.h"

@@ -1,5 +1,7 @@
 """Fused matmul of a model's own frozen linear layers, by class swap: on CPUs, where ours is ahead.
 
+`ops.linear` decides for each call, and on Intel leaves most of them to torch's MKL.
+
 A layer below a PEFT layer stays stock: the fused PEFT layer reads its weight and does not call it.
 Adapters of ours call the layer that they are around, and it is fused as any other. Layers that are
 trained, or are none of fp32 on a CPU with our kernels, are none of ours, and the report does not

@@ -3,7 +3,9 @@
 A module is one of ours where its forward turns queries and keys by a function of its file called
 `apply_rotary_pos_emb`, and that function gives what LLaMA's gives. Its fused class has the same
 forward, instruction for instruction, which finds `ops.rotary` under that name. Any other, and any
-elsewhere than on a CPU, is none of ours, and the report does not mention it.
+elsewhere than on a CPU, is none of ours, and the report does not mention it. Calls that ops.rotary
+cannot carry out exactly (tables of another dtype, autocast's among them), and compiled ones, run
+the stock function.
 """
 
 from __future__ import annotations
@@ -131,11 +133,8 @@ def _are_tables(cos: Any, sin: Any, q: Tensor) -> bool:
 def _gives_the_same(stock: Turn) -> bool:
     """Whether a function turns queries and keys as LLaMA's does, halves against each other."""
     numbers = torch.arange(1.0, 241.0).sin()  # none twice, and no random number drawn
-    q, k, (cos, sin) = (
-        numbers.view(2, 3, 5, 8),
-        numbers[:80].view(2, 1, 5, 8),
-        numbers[:160].view(2, 2, 5, 8),
-    )
+    q, k = numbers.view(2, 3, 5, 8), numbers[:80].view(2, 1, 5, 8)
+    cos, sin = numbers[80:].view(2, 2, 5, 8)
     try:
         with torch.no_grad():
             got = stock(q, k, cos, sin)

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import tiny_models
 import torch
-from model_equality import assert_near, float64_copy, step
+from model_equality import assert_the_fused_step_is_the_stock_one
 
 import fusetune
 from fusetune.integrations import transformers_rotary
@@ -22,12 +22,7 @@ def rows(report):
 
 
 def test_same_step(calls):
-    stock, inputs = tiny_models.lora_llama()
-    fused = copy.deepcopy(stock)
-    report = fusetune.fuse(fused)
-    assert len(rows(report)) == 2
-    assert all(row.fused for row in rows(report))
-    assert_near(step(fused, inputs), step(stock, inputs), step(float64_copy(stock), inputs))
+    assert_the_fused_step_is_the_stock_one(METHOD, 2)
     assert calls.count("rotary") == 2
 
 
@@ -47,7 +42,7 @@ def test_alone_it_changes_no_number():
         assert torch.equal(a.grad, b.grad), name
 
 
-def test_signature_source_and_old_names_are_the_stock_class_s(calls):
+def test_signature_and_source_are_the_stock_class_s():
     model, _ = tiny_models.lora_llama()
     stock = type(model.get_submodule(ATTENTION))
     fusetune.fuse(model)
@@ -56,6 +51,18 @@ def test_signature_source_and_old_names_are_the_stock_class_s(calls):
     assert inspect.getsource(inspect.unwrap(type(attention).forward)) == inspect.getsource(
         inspect.unwrap(stock.forward)
     )
+
+
+def test_an_argument_s_old_name_is_the_stock_forward_s(calls):
+    model, _ = tiny_models.lora_llama()
+    fusetune.fuse(model)
+    attention = model.get_submodule(ATTENTION)
+    tables = tuple(torch.randn(2, 1, 3, attention.head_dim))
+    given = torch.randn(1, 3, attention.q_proj.in_features), tables, None
+    want = attention(*given, cache=None)[0]
+    assert calls.count("rotary") == 1
+    torch.testing.assert_close(attention(*given, past_key_values=None)[0], want)
+    assert calls.count("rotary") == 1
 
 
 def turned_otherwise(q, k, cos, sin):
