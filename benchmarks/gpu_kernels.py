@@ -13,6 +13,7 @@ from benchmarks import gpu_launches as launches
 from benchmarks.gpu_case import MATMUL, PIPELINED, WIDE, Case
 from benchmarks.gpu_kernels_methods import METHODS
 from benchmarks.gpu_launches import DROPOUT, Sizes
+from benchmarks.gpu_model import MODEL
 from benchmarks.gpu_multi_lora import SEVERAL
 
 TRITON = (
@@ -155,6 +156,7 @@ TRITON = (
     ),
     *SEVERAL,
     *METHODS,
+    *MODEL,
 )
 
 

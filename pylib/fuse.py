@@ -55,9 +55,9 @@ def fuse(model: nn.Module, *, loss: bool = True, dropout: bool = True) -> FuseRe
 
     Covers PEFT's LoRA, AdaLoRA and IA3 on dense and on bitsandbytes' 4-bit linear layers, LoRA on
     token embeddings, convolutions and transformers' experts, PEFT's prefix tuning, 4-bit layers
-    without an adapter, the activation of transformers' gated MLPs and, with `loss`, its
-    language-model losses; on CPUs its norms, its rotary embedding of positions, its sdpa attention
-    and the linear layers that are frozen and fp32. With `dropout`, on CPUs, also the dropout that
+    without an adapter, transformers' RMS norms, its rotary embedding of positions, the activation
+    of its gated MLPs and, with `loss`, its language-model losses; on CPUs its sdpa attention and
+    the linear layers that are frozen and fp32. With `dropout`, on CPUs, also the dropout that
     transformers' own modules have: its rates stay, and torch.manual_seed fixes its masks, but they
     are not those that torch draws.
     Call it once the adapters are in place; another call covers what was added since and changes

@@ -36,6 +36,8 @@ from fusetune.bench.fusion_cases import adapter_fusion
 from fusetune.bench.ia3_cases import bias_gradient, ia3_linear
 from fusetune.bench.importance_cases import importance
 from fusetune.bench.multi_lora_cases import multi_lora_linear
+from fusetune.bench.rms_norm_cases import rms_norm
+from fusetune.bench.rotary_cases import rotary
 from fusetune.bench.timing import Case, relative_error, seeded
 from fusetune.ops import _cuda, _triton
 
@@ -135,6 +137,7 @@ def small_cases() -> Iterator[Case]:
         yield make.cross_entropy(M, N, dtype)
         yield from attention_cases.small_cases(dtype)
         yield from glu_cases.small_cases(M, N, dtype)
+        yield rotary(2, 3, 1, 5, 40, dtype)
         yield bias_gradient(2 * M, N, dtype)
         yield importance([(5, K), (6, N)], 1, dtype)
         yield importance([(K, 5), (N, 6)], 0, dtype)
@@ -159,6 +162,7 @@ def small_cases() -> Iterator[Case]:
             for feedforward in (False, True):
                 yield ia3_linear(2 * M, N, K, dtype, feedforward=feedforward, dense=dense)
     yield make.linear_4bit(1, N, K, torch.float32, int16=True)
+    yield rms_norm(M, N, torch.float32)
 
 
 # --- GPU kernels, on a card or simulated ----------------------------------------------------------

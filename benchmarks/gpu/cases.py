@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import cases_dora, cases_linear, cases_lora, cases_prefix, timing
+from benchmarks.gpu import cases_dora, cases_linear, cases_lora, cases_model, cases_prefix, timing
 from benchmarks.gpu.measured import Entry, Measured
 from benchmarks.gpu.store import load, save, source_hash, store
 from fusetune import ops
@@ -40,6 +40,7 @@ GROUPS: dict[str, Callable[[], Iterator[Entry]]] = {
     "linear": cases_linear.linear_entries,
     "lora": cases_lora.lora_entries,
     "prefix": cases_prefix.prefix_entries,
+    "model": cases_model.model_entries,
     "dora": cases_dora.dora_entries,
     "ways": cases_linear.ways_entries,
     "layer": cases_lora.layer_entries,
@@ -50,6 +51,7 @@ SIMULATED: dict[str, Callable[[], Iterator[Entry]]] = {
     "linear": cases_linear.simulated_linear,
     "lora": cases_lora.simulated_lora,
     "prefix": cases_prefix.simulated_prefix,
+    "model": cases_model.simulated_model,
     "dora": cases_dora.simulated_dora,
     "ways": cases_linear.simulated_ways,
     "layer": cases_lora.simulated_layer,

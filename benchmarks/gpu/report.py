@@ -16,6 +16,7 @@ TITLES = {
     "linear": "NF4 linear, forward without gradients",
     "dequantize": "Dequantisation of double-quantised NF4",
     "prefix": "Attention to a prefix, and a prompt's embeddings, forward and backward",
+    "model": "A model's loss, rotary embedding, norms and gated activation, forward and backward",
     "dora": "DoRA's row norms",
     "ways": "Ways of the base matmul with a LoRA tail (ours: the default)",
 }

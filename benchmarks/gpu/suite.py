@@ -38,10 +38,11 @@ GROUPS = {
     "lora": 130,
     "linear": 70,
     "prefix": 50,
+    "model": 35,
     "dequantize": 25,
     "dora": 30,
-    "ways": 80,
-    "layer": 150,
+    "ways": 60,
+    "layer": 135,
 }
 
 CARD = """

@@ -17,7 +17,7 @@ from fusetune.reference import merge_lora as merge_reference
 from fusetune.reference.dequantize_4bit import dequantize_4bit as dense_of
 
 from .bottleneck_cases import bottleneck
-from .cases import EXACT, NAMES, quantized
+from .cases import EXACT, NAMES, cross_entropy, quantized
 from .dora_cases import dora_linear
 from .fusion_cases import adapter_fusion
 from .glu_cases import glu
@@ -26,6 +26,8 @@ from .ia3_cases import ia3_linear
 from .multi_lora_cases import multi_lora_linear
 from .prefix_cases import prefix_attention
 from .prompt_cases import prompt_embed
+from .rms_norm_cases import rms_norm
+from .rotary_cases import rotary
 from .timing import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,6 +50,9 @@ def triton_cases() -> Iterator[Case]:
         yield bottleneck(37, 104, 20, dtype, activation="gelu", dropout=0.3)
         yield bottleneck(40, 72, 5, dtype, rows=[7, 0, 33])
         yield glu(9, 520, dtype, "gelu_new")
+        yield rms_norm(5, 520, dtype)
+        yield rotary(2, 3, 1, 5, 40, dtype)
+        yield cross_entropy(5, 5000, dtype)
         yield lora_linear_group(9, (40, 24), 72, dtype, rank=5, dropout=0.3, dense=True)
         yield several(5, 3, dtype, by_row=True, dense=False)
         yield several(3, 30, dtype, by_row=False, dense=True)

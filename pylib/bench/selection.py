@@ -29,6 +29,8 @@ from .lora_layer_cases import (
 )
 from .prefix_cases import prefix_attention_cases
 from .prompt_cases import prompt_embed_cases
+from .rms_norm_cases import rms_norm_cases
+from .rotary_cases import rotary_cases
 from .timing import Case
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -110,6 +112,8 @@ OPS: dict[str, Callable[[bool, int, int], Iterator[Case]]] = {
     "dropout": dropout_cases,
     "prefix_attention": prefix_attention_cases,
     "prompt_embed": prompt_embed_cases,
+    "rms_norm": rms_norm_cases,
+    "rotary": rotary_cases,
     "swiglu": swiglu_cases,
     "geglu": geglu_cases,
     "ia3_linear": ia3_linear_cases,

@@ -44,6 +44,14 @@ def carrier(
     return name, f"no kernel for this model ({'; '.join(others)})"
 
 
+def case_of(module: nn.Module) -> tuple[str, torch.dtype]:
+    """Device and dtype of a module's activations, as its parameters tell them."""
+    parameters = list(module.parameters())
+    device = parameters[0].device.type if parameters else "cpu"
+    floats = (p.dtype for p in parameters if p.is_floating_point())
+    return device, next(floats, torch.float32)
+
+
 def call_reason(x: object) -> str | None:
     """Why this call, whatever the layer, has to go the library's way."""
     if type(x) is not torch.Tensor and type(x) is not nn.Parameter:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
 
 from fusetune import ops
-from fusetune.integrations._guards import carrier
+from fusetune.integrations._guards import carrier, case_of, no_kernel
 
 METHOD = "cross-entropy"
 _ATTRIBUTE = "_loss_function"  # what transformers' setter writes
@@ -35,6 +35,12 @@ def causal_lm_loss(
 
     logits [..., T, vocab_size] of any float dtype, labels [..., T]; the loss is fp32.
     """
+    if _is_stock(logits):
+        more = {**kwargs, "shift_labels": shift_labels}
+        stock = ForCausalLMLoss(
+            logits, labels, vocab_size, num_items_in_batch, ignore_index, **more
+        )
+        return stock
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     return _reduced(logits, shift_labels, vocab_size, num_items_in_batch, ignore_index)
@@ -49,7 +55,16 @@ def masked_lm_loss(
     **kwargs: Any,
 ) -> torch.Tensor:
     """`transformers.loss.loss_utils.ForMaskedLMLoss`: as above without the shift."""
+    if _is_stock(logits):
+        return ForMaskedLMLoss(
+            logits, labels, vocab_size, num_items_in_batch, ignore_index, **kwargs
+        )
     return _reduced(logits, labels, vocab_size, num_items_in_batch, ignore_index)
+
+
+def _is_stock(logits: torch.Tensor) -> bool:
+    """Whether no kernel can take these logits: float64, or a device that has none."""
+    return no_kernel("cross_entropy", logits.device.type, logits.dtype)
 
 
 def _reduced(
@@ -95,9 +110,8 @@ def installed(module: nn.Module) -> bool:
 
 
 def fused_carrier(module: nn.Module) -> tuple[str, str | None]:
-    """(backend, None) of the loss for fp32 logits on the model's device."""
-    device = next((p.device.type for p in module.parameters()), "cpu")
-    return carrier("cross_entropy", device, torch.float32, None)[0], None
+    """(backend, reason against it) of the loss on the model's device, as its parameters tell it."""
+    return carrier("cross_entropy", *case_of(module))
 
 
 def restore(module: nn.Module) -> None:

@@ -19,6 +19,7 @@ from fusetune.integrations._guards import (
     KERNEL_DTYPES,
     call_reason,
     carrier,
+    case_of,
     module_reason,
     no_kernel,
 )
@@ -78,7 +79,7 @@ class FusedGatedMLP(KnownForward):
 
     def fused_carrier(self: Any) -> tuple[str, str | None]:
         """(backend, reason against it) for activations of the parameters' device and dtype."""
-        return carrier("glu", *_case(self))
+        return carrier("glu", *case_of(self))
 
     @property
     def present_method(self) -> str:
@@ -128,14 +129,6 @@ def _function(activation: Any) -> str | None:
     if type(activation) is nn.GELU:
         return _APPROXIMATE.get(activation.approximate)
     return _KINDS.get(type(activation))
-
-
-def _case(module: nn.Module) -> tuple[str, torch.dtype]:
-    """Device and dtype of a module's activations, as its parameters tell them."""
-    parameters = list(module.parameters())
-    device = parameters[0].device.type if parameters else "cpu"
-    floats = (p.dtype for p in parameters if p.is_floating_point())
-    return device, next(floats, torch.float32)
 
 
 def _fusable(gate: Any, up: Any) -> bool:

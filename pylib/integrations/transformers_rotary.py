@@ -1,9 +1,9 @@
-"""Fused rotary position embedding of transformers' attention modules, by class swap: on CPUs.
+"""Fused rotary position embedding of transformers' attention modules, by class swap.
 
 A module is one of ours where its forward turns queries and keys by a function of its file called
 `apply_rotary_pos_emb`, and that function gives what LLaMA's gives. Its fused class has the same
 forward, instruction for instruction, which finds `ops.rotary` under that name. Any other, and any
-elsewhere than on a CPU, is none of ours, and the report does not mention it. Calls that ops.rotary
+where there is no kernel, is none of ours, and the report does not mention it. Calls that ops.rotary
 cannot carry out exactly (tables of another dtype, autocast's among them), and compiled ones, run
 the stock function.
 """
@@ -21,7 +21,7 @@ from torch import nn
 
 from fusetune import ops
 from fusetune.integrations import _stock_forward
-from fusetune.integrations._guards import KERNEL_DTYPES, call_reason, carrier, no_kernel
+from fusetune.integrations._guards import KERNEL_DTYPES, call_reason, carrier, case_of, no_kernel
 from fusetune.integrations._stock_forward import KnownForward
 from fusetune.reference import rotary as reference
 
@@ -55,7 +55,7 @@ class FusedRotary(KnownForward):
 
     @classmethod
     def accepts(cls, module: Any) -> bool:
-        """Whether a module of a known class is on a CPU with our kernels."""
+        """Whether a module of a known class is where we have kernels."""
         return _reason(module) is None
 
     def fused_reason(self: Any) -> str | None:
@@ -64,7 +64,7 @@ class FusedRotary(KnownForward):
 
     def fused_carrier(self: Any) -> tuple[str, str | None]:
         """(backend, reason against it)."""
-        return carrier("rotary", "cpu", _dtype(self))
+        return carrier("rotary", *case_of(self))
 
 
 def _with_ours(forward: Any) -> Any:
@@ -105,12 +105,12 @@ def _fusable(q: Any, k: Any, cos: Any, sin: Any) -> bool:
         call_reason(q) is None
         and call_reason(k) is None
         and not torch.compiler.is_compiling()
-        and q.device.type == "cpu"
+        and q.device == k.device
         and q.dim() == k.dim() == 4
         and q.dtype == k.dtype
         and q.dtype in KERNEL_DTYPES
         and _are_tables(cos, sin, q)
-        and not no_kernel("rotary", "cpu", q.dtype)
+        and not no_kernel("rotary", q.device.type, q.dtype)
     )
 
 
@@ -145,18 +145,10 @@ def _gives_the_same(stock: Turn) -> bool:
 
 
 def _reason(module: Any) -> str | None:
-    if any(p.device.type != "cpu" for p in module.parameters()):
-        return "not on a CPU"
-    dtype = _dtype(module)
-    if dtype not in KERNEL_DTYPES:
-        return f"no kernel for {dtype}"
-    return "no kernel on this CPU" if no_kernel("rotary", "cpu", dtype) else None
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    """Of a module's activations, as its parameters tell it."""
-    floats = (p.dtype for p in module.parameters() if p.is_floating_point())
-    return next(floats, torch.float32)
+    device, dtype = case_of(module)
+    if dtype not in KERNEL_DTYPES or no_kernel("rotary", device, dtype):
+        return f"no kernel for {dtype} on {device}"
+    return None
 
 
 def discover(model: nn.Module) -> None:

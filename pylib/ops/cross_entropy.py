@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fusetune.ops import _check, _cpu
+from fusetune.ops import _check, _cpu, _triton
 from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._saved import hooked, owned
 from fusetune.ops._weight import as_rows
@@ -122,6 +122,38 @@ def _cpu_backward(
     return dlogits
 
 
+def _triton_forward(
+    logits: torch.Tensor, target: torch.Tensor, ignore_index: int, label_smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from fusetune._triton.cross_entropy import launch_cross_entropy
+
+    with _triton.on(logits.device):
+        pair: tuple[torch.Tensor, torch.Tensor] = launch_cross_entropy(
+            logits, target.contiguous(), ignore_index, label_smoothing
+        )
+    return pair
+
+
+def _triton_backward(
+    dloss: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    in_place: bool,
+) -> torch.Tensor:
+    from fusetune._triton.cross_entropy import launch_cross_entropy_backward
+
+    dlogits = logits
+    if not in_place:
+        dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    plain = (ignore_index, label_smoothing, dlogits)
+    with _triton.on(logits.device):
+        launch_cross_entropy_backward(dloss.contiguous(), logits, target.contiguous(), lse, *plain)
+    return dlogits
+
+
 def _reference_forward(
     logits: torch.Tensor, target: torch.Tensor, ignore_index: int, label_smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,11 +169,13 @@ def _reference_forward(
 
 OP = Op(
     "cross_entropy",
+    Impl("triton", _triton_forward, _triton.supports, 20),
     Impl("cpu", _cpu_forward, _cpu.supports("cross_entropy"), 10),
     Impl("reference", _reference_forward, lambda case: None, 0),
 )
 OP_BACKWARD = Op(
     "cross_entropy_backward",
+    Impl("triton", _triton_backward, _triton.supports, 20),
     Impl("cpu", _cpu_backward, _cpu.supports("cross_entropy_backward"), 10),
     Impl("reference", reference.cross_entropy_backward, lambda case: None, 0),
 )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fusetune.ops import _check, _cpu
+from fusetune.ops import _check, _cpu, _triton
 from fusetune.ops._registry import Case, Impl, Op, define, plain
 from fusetune.ops._weight import as_rows
 from fusetune.reference import rms_norm as reference
@@ -64,6 +64,25 @@ def _cpu_dx(dy: Tensor, rows: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     return dx
 
 
+def _triton_forward(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from fusetune._triton.rms_norm import launch_rms_norm
+
+    y = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    rstd = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+    with _triton.on(rows.device):
+        launch_rms_norm(rows, _triton.adapter(weight), eps, y, rstd)
+    return y, rstd
+
+
+def _triton_dx(dy: Tensor, rows: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    from fusetune._triton.rms_norm import launch_rms_norm_dx
+
+    dx = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    with _triton.on(rows.device):
+        launch_rms_norm_dx(dy, rows, _triton.adapter(weight), rstd, dx)
+    return dx
+
+
 def _supports(case: Case) -> str | None:
     if case.dtype != torch.float32:
         return f"no kernel for {case.dtype}"
@@ -72,11 +91,13 @@ def _supports(case: Case) -> str | None:
 
 OP = Op(
     "rms_norm",
+    Impl("triton", _triton_forward, _triton.supports, 20),
     Impl("cpu", _cpu_forward, _supports, 10),
     Impl("reference", reference.rms_norm, lambda case: None, 0),
 )
 OP_DX = Op(
     "rms_norm_dx",
+    Impl("triton", _triton_dx, _triton.supports, 20),
     Impl("cpu", _cpu_dx, _supports, 10),
     Impl("reference", reference.rms_norm_dx, lambda case: None, 0),
 )

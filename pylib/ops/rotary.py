@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fusetune.ops import _check, _cpu
+from fusetune.ops import _check, _cpu, _triton
 from fusetune.ops._attention_arguments import check_device, check_no_gradient
 from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.reference import rotary as reference
@@ -71,6 +71,12 @@ def _check_arguments(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> No
 # --- implementations ------------------------------------------------------------------------------
 
 
+def _cpu_both(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    return _cpu_rotary(query, cos, sin, transposed), _cpu_rotary(key, cos, sin, transposed)
+
+
 def _cpu_rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
     batch, heads, tokens, dim = x.shape
     x, cos, sin = map(_rows, (x, cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)))
@@ -86,10 +92,30 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _triton_both(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    from fusetune._triton.rotary import launch_rotary
+
+    with _triton.on(query.device):
+        pair: tuple[Tensor, Tensor] = launch_rotary(
+            _rows(query), _rows(key), cos.contiguous(), sin.contiguous(), transposed
+        )
+    return pair
+
+
+def _reference_both(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    query, key = (reference.rotary(x, cos, sin, transposed) for x in (query, key))
+    return query, key
+
+
 OP = Op(
     "rotary",
-    Impl("cpu", _cpu_rotary, _cpu.supports("rotary"), 10),
-    Impl("reference", reference.rotary, lambda case: None, 0),
+    Impl("triton", _triton_both, _triton.supports_mixed, 20),
+    Impl("cpu", _cpu_both, _cpu.supports("rotary"), 10),
+    Impl("reference", _reference_both, lambda case: None, 0),
 )
 
 
@@ -97,7 +123,8 @@ def _both(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     run = OP.run(query.device.type, query.dtype, cos.dtype)
-    return run(query, cos, sin, transposed), run(key, cos, sin, transposed)
+    pair: tuple[Tensor, Tensor] = run(query, key, cos, sin, transposed)
+    return pair
 
 
 # --- autograd, eager ------------------------------------------------------------------------------

@@ -3,56 +3,17 @@
 import pytest
 import torch
 from backends import HOST
-from tolerance import assert_close, one_thread
+from rms_norm_cases import DTYPES, EPS, assert_matches_float64, inputs
 
 from fusetune import ops
 
-EPS = 1e-5
 SHAPES = ((1, 1), (3, 15), (5, 17), (40, 1000), (2, 3, 33), (300, 576))
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(params=HOST)
 def backend(request):
     with ops.use_backend(request.param):
         yield request.param
-
-
-def eager(x, weight, eps):
-    """As transformers' models write it."""
-    wide = x.to(torch.float32) if x.dtype != torch.float64 else x
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
-
-
-def run(function, x, weight, dy):
-    x, weight = (t.detach().clone().requires_grad_() for t in (x, weight))
-    y = function(x, weight, EPS)
-    dx, dw = torch.autograd.grad(y, (x, weight), dy)
-    return {"y": y.detach(), "dx": dx, "dw": dw}
-
-
-def check(x, weight, dy):
-    got = run(ops.rms_norm, x, weight, dy)
-    with one_thread(), ops.use_backend("reference"):
-        exact = run(ops.rms_norm, x.double(), weight.double(), dy.double())
-        plain = run(eager, x, weight, dy)
-    magnitude = magnitudes(x.double(), weight.double(), dy.double())
-    for name, value in got.items():
-        assert_close(name, value, exact[name], plain[name], magnitude[name])
-
-
-def magnitudes(x, weight, dy):
-    """The sums over absolute values, which is what rounding errors scale with."""
-    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
-    upper = (dy * weight).abs()
-    along = (upper * x.abs()).mean(-1, keepdim=True)
-    dw = (dy * x * rstd).abs().reshape(-1, x.shape[-1]).sum(0)
-    return {
-        "y": (weight * x * rstd).abs(),
-        "dx": rstd * (upper + x.abs() * rstd.square() * along),
-        "dw": dw,
-    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,17 +23,17 @@ def test_matches_float64(backend, shape, dtype):
         with pytest.raises(ValueError, match=f"no kernel for {dtype}"):
             ops.rms_norm(torch.randn(shape).to(dtype), torch.ones(shape[-1], dtype=dtype), EPS)
         return
-    check(*(torch.randn(s).to(dtype) for s in (shape, shape[-1:], shape)))
+    assert_matches_float64(*inputs(*shape, dtype=dtype))
 
 
 def test_strides(backend):
-    check(torch.randn(7, 40)[:, 3:20], torch.randn(34)[::2], torch.randn(17, 7).T)
-    check(torch.randn(20, 9).T, torch.randn(20), torch.randn(1, 20).expand(9, 20))
+    assert_matches_float64(torch.randn(7, 40)[:, 3:20], torch.randn(34)[::2], torch.randn(17, 7).T)
+    assert_matches_float64(torch.randn(20, 9).T, torch.randn(20), torch.randn(1, 20).expand(9, 20))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-18, 1e15])
 def test_extremes(backend, scale):
-    check(torch.randn(4, 24) * scale, torch.randn(24), torch.randn(4, 24))
+    assert_matches_float64(torch.randn(4, 24) * scale, torch.randn(24), torch.randn(4, 24))
 
 
 def test_empty(backend):
@@ -93,7 +54,7 @@ def test_whole_output_is_written(backend, monkeypatch):
         return torch.full(shape, torch.nan, dtype=dtype)
 
     monkeypatch.setattr(_cpu, "empty", full_of_nan)
-    check(torch.randn(9, 35), torch.randn(35), torch.randn(9, 35))
+    assert_matches_float64(torch.randn(9, 35), torch.randn(35), torch.randn(9, 35))
 
 
 def test_opcheck():
