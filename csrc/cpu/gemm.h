@@ -3,10 +3,10 @@
 // Tiling. A task owns a block of rows x columns of the output and keeps it, transposed and in fp32, in `acc`. For each
 // slice of the reduction it packs the left operand once (transposed, so that lanes are rows), then decodes the
 // weight one column group at a time into a buffer that stays in L1/L2 (on x86 while the group before it is
-// multiplied), and runs register tiles over it. Bytes per task and slice: the 4-bit weight is read once (columns * depth
-// / 2), the left slice once (rows * depth * 4), acc is read and written once (rows * columns * 8, from L2) for rows *
-// columns * depth FMAs. Neither a dequantised weight nor a converted activation exists beyond a slice, but for a few
-// rows, packed once for all tasks.
+// multiplied; not at all in look_up.h), and runs register tiles over it. Bytes per task and slice: the 4-bit weight is
+// read once (columns * depth / 2), the left slice once (rows * depth * 4), acc is read and written once (rows * columns
+// * 8, from L2) for rows * columns * depth FMAs. Neither a dequantised weight nor a converted activation exists beyond a
+// slice, but for a few rows, packed once for all tasks.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -35,8 +35,9 @@ static inline int64_t whole_vectors(int64_t rows) { return (rows + kLanes - 1) /
 
 // Slices of equal depth: a short last one would cost as many passes over acc as a full one.
 template <class Layout>
-static int64_t slice_depth(int64_t depth) {
-  const int64_t slices = std::max<int64_t>(1, (depth + Layout::depth - 1) / Layout::depth);
+static int64_t slice_depth(int64_t depth, bool looks_up) {
+  const int64_t most = looks_up ? kLookUpDepth : Layout::depth;
+  const int64_t slices = std::max<int64_t>(1, (depth + most - 1) / most);
   return std::max<int64_t>(kRun, ((depth + slices - 1) / slices + kRun - 1) / kRun * kRun);
 }
 
@@ -45,13 +46,14 @@ static int64_t slice_depth(int64_t depth) {
 // for more rows: each task packs its own, and no copy of `left` exists.
 constexpr int64_t kPackedAlone = 64, kSharedRows = kLanes == 16 ? 144 : 64;
 template <template <class> class Layout, class Elements>
-static const float* share_left(const Matrix& left, int64_t rows, int64_t depth) {
+static const float* share_left(const Matrix& left, int64_t rows, int64_t depth, const Rows& right) {
   if (rows > kSharedRows) return nullptr;
+  const bool looks_up = Layout<Elements>::looks_up(right, rows, depth);
   float* packed = workspace<Purpose::shared>(whole_vectors(rows) * depth);
-  const int64_t step = slice_depth<Layout<Elements>>(depth);
+  const int64_t step = slice_depth<Layout<Elements>>(depth, looks_up);
   const auto pack_slice = [&](int64_t slice) {
     const int64_t d = slice * step;
-    pack<Elements>(left, 0, rows, d, std::min(step, depth - d),
+    pack<Elements>(left, 0, rows, d, std::min(step, depth - d), looks_up,
                    packed + d * whole_vectors(rows) / Elements::WideVec::elements);
   };
   const int64_t slices = (depth + step - 1) / step;
@@ -87,11 +89,12 @@ struct Block {
   template <class Elements>
   void accumulate(const Term& term) {
     using Weights = Layout<Elements>;
-    const int64_t step = slice_depth<Weights>(term.depth);
+    if (term.packed && Weights::looks_up(term.right, rows, term.depth)) return look_up<Weights>(term);
+    const int64_t step = slice_depth<Weights>(term.depth, false);
     bool decoded = false;  // this group, beside the one before it
     for (int64_t d = 0; d < term.depth; d += step) {
       const int64_t depth = std::min(step, term.depth - d);
-      if (!term.packed) pack<Elements>(term.left, row, rows, d, depth, packed);
+      if (!term.packed) pack<Elements>(term.left, row, rows, d, depth, false, packed);
       const float* left = term.packed ? term.packed + d * ld / Weights::elements : packed;
       for (int64_t c = 0; c < columns; c += Weights::group) {
         if (const float* in_place = Weights::in_place(term.right, rows, column + c, group_size(c), d)) {
@@ -108,6 +111,17 @@ struct Block {
         multiply<Elements>(left, depth, c, term.right, decoded, next, later);
         if (decoded) std::swap(buffer, next_buffer);
       }
+    }
+  }
+
+  // accumulate, without a buffer of decoded weights, of rows that were packed once for all tasks.
+  template <class Weights>
+  void look_up(const Term& term) {
+    const int64_t step = slice_depth<Weights>(term.depth, true);
+    const auto tiles = term.right.quantized->absmax_q ? look_up_tiles<true> : look_up_tiles<false>;
+    for (int64_t d = 0; d < term.depth; d += step) {
+      const auto first = static_cast<uint64_t>(column * term.right.ld + d);
+      tiles(term.packed + d * ld, term.right, first, std::min(step, term.depth - d), columns, acc, ld);
     }
   }
 

@@ -7,6 +7,7 @@
 
 #include "decode_beside.h"
 #include "gemm_micro.h"
+#include "look_up.h"
 #include "rows.h"
 
 namespace fusetune {
@@ -51,6 +52,11 @@ struct RowsAreColumns {
   static bool can_decode_beside(const Rows& rows, int64_t, int64_t d, int64_t steps) {
     return FUSETUNE_ISA::can_decode_beside(rows, d, steps);
   }
+  // Whether look_up.h's tiles are to take it, whose one panel all rows have to fill.
+  static bool looks_up(const Rows& rows, int64_t left_rows, int64_t steps) {
+    return kLooksUp && elements == 1 && rows.quantized && left_rows > (kLookUpVectors - 1) * kLanes &&
+           left_rows <= kLookUpVectors * kLanes && can_decode_beside(rows, 0, 0, steps);
+  }
 #if defined(FUSETUNE_ISA_AVX2)
   template <class T>
   static CopyRuns<T> copy_beside(const Rows& rows, int64_t column, int64_t d, int64_t steps, float* dst) {
@@ -88,6 +94,7 @@ struct RowsAreDepth {
     }
   }
   static const float* in_place(const Rows&, int64_t, int64_t, int64_t, int64_t) { return nullptr; }
+  static bool looks_up(const Rows&, int64_t, int64_t) { return false; }  // each step has another codebook
   static bool can_decode_beside(const Rows& rows, int64_t column, int64_t, int64_t steps) {
     return steps % kRun == 0 && FUSETUNE_ISA::can_decode_beside(rows, column, group);
   }

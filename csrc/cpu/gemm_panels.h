@@ -40,11 +40,12 @@ static void transpose_to(const T* src, int64_t src_ld, int64_t rows, int64_t col
   }
 }
 
-// A panel is the rows that one tile takes: 1 to kMaxVectors vectors, or one narrow vector.
+// A panel is the rows that one tile takes: 1 to kMaxVectors vectors, or one narrow vector; or all that look_up.h's take.
 struct Panel {
   int vectors, width;
 };
-static inline Panel next_panel(int64_t rows) {
+static inline Panel next_panel(int64_t rows, bool looks_up = false) {
+  if (looks_up) return {kLookUpVectors, kLookUpVectors * kLanes};
   if (rows <= Narrow::lanes) return {1, Narrow::lanes};
   // A rest that fits a narrow vector is left for one.
   const int64_t left_over = Narrow::lanes < kLanes ? Narrow::lanes : 0;
@@ -94,9 +95,10 @@ static void multiply_panel(const Panel& panel, const float* left, const float* r
 
 // dst[panel][depth / elements][width] = left[row .. row + rows)[d .. d + depth), each panel transposed
 template <class Elements>
-static void pack(const Matrix& left, int64_t row, int64_t rows, int64_t d, int64_t depth, float* dst) {
+static void pack(const Matrix& left, int64_t row, int64_t rows, int64_t d, int64_t depth, bool looks_up,
+                 float* dst) {
   for (int64_t r = 0; r < rows;) {
-    const int width = next_panel(rows - r).width;
+    const int width = next_panel(rows - r, looks_up).width;
     const int64_t first = (row + r) * left.ld + d;
     const auto typed = [&](const auto* p) { transpose_to(p + first, left.ld, rows - r, depth, dst, width, width); };
     if constexpr (Elements::WideVec::elements == 2) {

@@ -76,7 +76,8 @@ void linear(const Matrix& x, int64_t m, int64_t n, int64_t k, const Weight& w, c
 #endif
   with_elements(x, w, k, [&](auto elements) {
     using Elements = decltype(elements);
-    const Term main{x, weight_rows(w), k, share_left<RowsAreColumns, Elements>(x, m, k)};
+    const Rows weight = weight_rows(w);
+    const Term main{x, weight, k, share_left<RowsAreColumns, Elements>(x, m, k, weight)};
     for_blocks<RowsAreColumns>(m, n, [&](Block<RowsAreColumns>& block) {
       block.fill(bias);
       block.template accumulate<Floats>(low_rank);

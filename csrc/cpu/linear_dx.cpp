@@ -49,7 +49,8 @@ void linear_dx(const Matrix& dy, int64_t m, int64_t n, int64_t k, const Weight& 
       {tail.left, tail.rank, Dtype::f32}, dense_rows({tail.right, k, Dtype::f32}, tail.scale), tail.rank};
   with_elements(dy, w, n, [&](auto elements) {
     using Elements = decltype(elements);
-    const Term main{dy, weight_rows(w), n, share_left<RowsAreDepth, Elements>(dy, m, n)};
+    const Rows weight = weight_rows(w);
+    const Term main{dy, weight, n, share_left<RowsAreDepth, Elements>(dy, m, n, weight)};
     for_blocks<RowsAreDepth>(m, k, [&](Block<RowsAreDepth>& block) {
       block.fill(nullptr);
       block.template accumulate<Floats>(low_rank);

@@ -67,8 +67,8 @@ Result check_dequantize_4bit(const Kernels& kernels) {
 template <class F>
 void for_linear_cases(const F& f) {
   const int64_t shapes[][4] = {{1, 64, 64, 0},  {1, 7, 130, 3},   {3, 33, 192, 1},   {5, 33, 192, 16},
-                               {8, 70, 512, 0}, {27, 40, 832, 8}, {33, 40, 320, 8}, {70, 257, 129, 17},
-                               {131, 43, 700, 5}, {130, 610, 50, 16}, {530, 20, 64, 2}};
+                               {8, 70, 512, 0}, {27, 40, 832, 8}, {25, 8, 1088, 3}, {33, 40, 320, 8}, {70, 9, 64, 1},
+                               {70, 257, 129, 17}, {131, 43, 700, 5}, {130, 610, 50, 16}, {530, 20, 64, 2}};
   for (const auto& [m, n, k, rank] : shapes) {
     for (Dtype dtype : kDtypes) {
       for (bool nested : {false, true}) {
