@@ -6,7 +6,8 @@
     python -m benchmarks.bound --rows            up to how many rows to multiply with the packed W
 
 One linear layer, 4096 x 4096 in NF4 with nested statistics, r = 16, 16-bit activations and adapter;
-and bottleneck adapters, their fusion and prefixes, at the sizes of ledgers_adapters.py.
+bottleneck adapters, their fusion and prefixes, at the sizes of ledgers_adapters.py; and a model's
+norms, rotary embedding and loss, at those of ledgers_model.py.
 A launch takes at least as long as each resource it uses: memory, tensor cores, fp32 units, L1,
 shared memory, shuffles, special functions, issue slots. The longest is its bound; a pass is the sum
 of its launches. Left out: latencies, gaps between launches, what the L2 cache keeps from one launch
@@ -29,11 +30,12 @@ from unittest import mock
 import torch
 from tabulate import tabulate
 
-from benchmarks import bound_adapters
+from benchmarks import bound_adapters, bound_model
 from benchmarks.bound_launch import Bound, apart, bound, described, least_time, ledger, total
 from benchmarks.cards import CARDS, Card
 from benchmarks.gpu_launches import DROPOUT, RANK, weight
 from benchmarks.ledgers import SCHEMES, Layer, decode_and_multiply
+from benchmarks.ledgers_model import PARTS
 from benchmarks.recorder import recorded
 from fusetune import ops
 from fusetune.ops import _cuda
@@ -117,7 +119,7 @@ def predict(chosen: Iterable[Card]) -> dict[str, Any]:
                 "launches": [described(b) for b in linear(card, rows)],
                 "others": {"decode and multiply": decoded},
             }
-        passes |= bound_adapters.passes(card)
+        passes |= bound_adapters.passes(card) | bound_model.passes(card)
         about = {key: value for key, value in card._asdict().items() if key != "dtype"}
         result[card.name] = {"card": {**about, "dtype": str(card.dtype)[6:]}, "passes": passes}
     return {"predicted": True, "layer": layer._asdict(), "cards": result}
@@ -206,11 +208,13 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.markdown:
-        print(f"{markdown(result)}\n{bound_adapters.markdown(result)}")
+        parts = (bound_adapters.markdown(result), bound_model.markdown(result))
+        print("\n".join([markdown(result), *parts]))
         return 0
     print("Predicted, not measured: bounds from counted work and data sheets.\n")
     print(f"{launches_table(result)}\n\n{steps_table(result)}\n\n{few_rows_table(result)}\n")
     print(bound_adapters.table(result))
+    print(bound_adapters.table(result, layers=PARTS))
     return 0
 
 

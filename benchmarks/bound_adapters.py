@@ -8,7 +8,7 @@ Operands are zeros: a kernel's logarithm takes other paths for other numbers.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -88,12 +88,14 @@ def launches(layer: Layer, card: Card) -> list[Bound] | None:
     return fusion(layer, card) if isinstance(layer, Fusion) else prefix(layer, card)
 
 
-def passes(card: Card, layers: Iterable[Layer] = LAYERS) -> dict[str, Any]:
-    """{name: {"launches", "others"}} of the layers."""
+def passes(
+    card: Card, layers: Iterable[Any] = LAYERS, of: Callable[..., list[Bound] | None] = launches
+) -> dict[str, Any]:
+    """{name: {"launches", "others"}} of the layers, whose launches `of` gives."""
     found = {}
     for layer in layers:
         print(f"{card.name}: {layer.name}", file=sys.stderr)
-        ours = launches(layer, card)
+        ours = of(layer, card)
         if ours is None:
             continue
         others = (layer.eager(), layer.least())
@@ -104,10 +106,15 @@ def passes(card: Card, layers: Iterable[Layer] = LAYERS) -> dict[str, Any]:
     return found
 
 
-def table(result: dict[str, Any], form: str = "simple", chosen: Iterable[str] = ()) -> str:
+def table(
+    result: dict[str, Any],
+    form: str = "simple",
+    chosen: Iterable[str] = (),
+    layers: Iterable[Any] = LAYERS,
+) -> str:
     """MB, and µs at least, of each layer forward and backward; `chosen`: of these cards only."""
     rows = []
-    for layer in LAYERS:
+    for layer in layers:
         for card in chosen or result["cards"]:
             one = result["cards"][card]["passes"].get(layer.name)
             if one is None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import fusetune
-from benchmarks import bound, bound_adapters, method_tables
+from benchmarks import bound, bound_adapters, bound_model, method_tables
 from examples import adapters_report, glue_report, prompts_report
 from fusetune.bench import table
 
@@ -86,6 +86,7 @@ def section(name: str) -> str:
     tables: dict[str, tuple[Callable[[Any], str], Path]] = {
         "predicted": (bound.markdown, PREDICTED),
         "predicted_adapters": (bound_adapters.markdown, PREDICTED),
+        "predicted_model": (bound_model.markdown, PREDICTED),
         "budgets": (budgets_table, BUDGETS),
         "adapters": (adapters_report.tables, ADAPTERS),
         "prompts": (prompts_report.table, PROMPTS),
