@@ -36,11 +36,9 @@ def causal_lm_loss(
     logits [..., T, vocab_size] of any float dtype, labels [..., T]; the loss is fp32.
     """
     if _is_stock(logits):
-        more = {**kwargs, "shift_labels": shift_labels}
-        stock = ForCausalLMLoss(
-            logits, labels, vocab_size, num_items_in_batch, ignore_index, **more
-        )
-        return stock
+        stock: Callable[..., torch.Tensor] = ForCausalLMLoss
+        kwargs["shift_labels"] = shift_labels
+        return stock(logits, labels, vocab_size, num_items_in_batch, ignore_index, **kwargs)
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     return _reduced(logits, shift_labels, vocab_size, num_items_in_batch, ignore_index)
@@ -56,9 +54,8 @@ def masked_lm_loss(
 ) -> torch.Tensor:
     """`transformers.loss.loss_utils.ForMaskedLMLoss`: as above without the shift."""
     if _is_stock(logits):
-        return ForMaskedLMLoss(
-            logits, labels, vocab_size, num_items_in_batch, ignore_index, **kwargs
-        )
+        stock: Callable[..., torch.Tensor] = ForMaskedLMLoss
+        return stock(logits, labels, vocab_size, num_items_in_batch, ignore_index, **kwargs)
     return _reduced(logits, labels, vocab_size, num_items_in_batch, ignore_index)
 
 
