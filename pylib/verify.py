@@ -137,6 +137,7 @@ def small_cases() -> Iterator[Case]:
         yield make.cross_entropy(M, N, dtype)
         yield from attention_cases.small_cases(dtype)
         yield from glu_cases.small_cases(M, N, dtype)
+        yield rms_norm(M, N, dtype)
         yield rotary(2, 3, 1, 5, 40, dtype)
         yield bias_gradient(2 * M, N, dtype)
         yield importance([(5, K), (6, N)], 1, dtype)
@@ -162,7 +163,6 @@ def small_cases() -> Iterator[Case]:
             for feedforward in (False, True):
                 yield ia3_linear(2 * M, N, K, dtype, feedforward=feedforward, dense=dense)
     yield make.linear_4bit(1, N, K, torch.float32, int16=True)
-    yield rms_norm(M, N, torch.float32)
 
 
 # --- GPU kernels, on a card or simulated ----------------------------------------------------------

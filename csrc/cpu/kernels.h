@@ -46,11 +46,12 @@ struct Kernels {
   // norm [N] = || W [N, K] + scale * lora_B [N, r] . lora_A [r, K] || by rows
   void (*dora_norm)(const Weight& w, int64_t n, int64_t k, const float* lora_A, const float* lora_B, int64_t rank,
                     float scale, float* norm);
-  // y [M, N] = weight * x * rstd, rstd [M] = 1 / sqrt(mean(x^2) + eps); and the gradient of x. All fp32, y and dx
-  // without gaps.
-  void (*rms_norm)(const Matrix& x, int64_t m, int64_t n, const float* weight, float eps, float* y, float* rstd);
+  // y [M, N] = weight * x * rstd, rstd [M] = 1 / sqrt(mean(x^2) + eps); and the gradient of x. y, dy and dx are of
+  // the dtype of x.
+  void (*rms_norm)(const Matrix& x, int64_t m, int64_t n, const float* weight, float eps, const MutMatrix& y,
+                   float* rstd);
   void (*rms_norm_dx)(const Matrix& dy, const Matrix& x, int64_t m, int64_t n, const float* weight, const float* rstd,
-                      float* dx);
+                      const MutMatrix& dx);
   // z [M, d] = x [M, H] . down^T + down_bias, y [M, H] = addend + drop(f(z) . up^T + up_bias). addend: [M, H] or null.
   void (*bottleneck)(const Matrix& x, int64_t m, const Adapters& adapters, const Matrix& addend, const Dropout& dropout,
                      const MutMatrix& y, const MutMatrix& z);

@@ -25,12 +25,19 @@ constexpr bool kLooksUp = false;
 constexpr int kLookUpVectors = 4, kLookUpColumns = 3;
 constexpr int kLookUpDepth = 1024;  // of a slice: 128 KB of x
 
-// code[c] = the codebook of element i of the c-th row from there, scaled.
+// code[c] = the codebook of element i of the c-th row from there, scaled. Asks for what a later tile needs for it.
 template <bool nested, int columns>
 FUSETUNE_INLINE void scale_codebooks(const Rows& rows, uint64_t i, float* code) {
   const Weight4bit& w = *rows.quantized;
-#pragma GCC unroll 16
-  for (int c = 0; c < columns; ++c, i += static_cast<uint64_t>(w.cols)) {
+  const auto row = static_cast<uint64_t>(w.cols);
+#pragma GCC unroll 4
+  for (int c = 0; c < columns; ++c, i += row) {
+    const uint64_t later = (i + kPrefetchRows * row) >> rows.block_shift;
+    if (nested) {
+      __builtin_prefetch(w.absmax_q + later);
+    } else {
+      __builtin_prefetch(w.absmax + later);
+    }
     const F absmax = set1(block_absmax<nested>(w, rows.nested_shift, i >> rows.block_shift));
 #pragma GCC unroll 4
     for (int j = 0; j < 16; j += kLanes) store(code + 16 * c + j, mul(load(w.code + j), absmax));
@@ -46,7 +53,10 @@ __attribute__((noinline)) static void look_up_tile(const float* left, const Rows
 #pragma GCC unroll 4
   for (int c = 0; c < columns; ++c) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kLookUpVectors; ++v) acc[c][v] = zero();
+    for (int v = 0; v < kLookUpVectors; ++v) {
+      if (v % 2 == 0) __builtin_prefetch(out + c * ld + v * kLanes, 1);
+      acc[c][v] = zero();
+    }
   }
   const int64_t bytes = rows.quantized->cols / 2;  // of a row
   const uint8_t* packed = rows.quantized->packed + i / 2;

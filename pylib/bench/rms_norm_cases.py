@@ -53,4 +53,5 @@ def rms_norm(m: int, n: int, dtype: torch.dtype) -> Case:
 
 def rms_norm_cases(full: bool, n: int, k: int) -> Iterator[Case]:
     for width in (576, n) if full else (n,):
-        yield rms_norm(1024, width, torch.float32)
+        for dtype in (torch.float32, torch.bfloat16) if full else (torch.float32,):
+            yield rms_norm(1024, width, dtype)

@@ -1,4 +1,4 @@
-"""Fused RMS norms of transformers' models, by class swap: on CPUs in fp32, and on GPUs.
+"""Fused RMS norms of transformers' models, by class swap.
 
 They are known by their forward, see `_known_forward`. Where there is no kernel for them they are
 none of ours, and the report does not mention them. In 16 bits theirs rounds twice, ours once.

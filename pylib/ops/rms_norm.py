@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fusetune.ops import _check, _cpu, _triton
-from fusetune.ops._registry import Case, Impl, Op, define, plain
+from fusetune.ops._registry import Impl, Op, define, plain
 from fusetune.ops._weight import as_rows
 from fusetune.reference import rms_norm as reference
 
@@ -48,19 +48,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _cpu_forward(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     m, n = rows.shape
     w = _cpu.fp32(weight)
-    y = _cpu.empty(m, n, dtype=torch.float32)
-    rstd = _cpu.empty(m, dtype=torch.float32)
-    pointers = w.data_ptr(), eps, y.data_ptr(), rstd.data_ptr()
-    _cpu.kernels().rms_norm(_cpu.matrix(rows), m, n, *pointers)
+    y, rstd = _cpu.empty(m, n, dtype=rows.dtype), _cpu.empty(m, dtype=torch.float32)
+    arguments = w.data_ptr(), eps, _cpu.matrix(y), rstd.data_ptr()
+    _cpu.kernels().rms_norm(_cpu.matrix(rows), m, n, *arguments)
     return y, rstd
 
 
 def _cpu_dx(dy: Tensor, rows: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     m, n = rows.shape
     w = _cpu.fp32(weight)
-    dx = _cpu.empty(m, n, dtype=torch.float32)
-    pointers = w.data_ptr(), rstd.data_ptr(), dx.data_ptr()
-    _cpu.kernels().rms_norm_dx(_cpu.matrix(dy), _cpu.matrix(rows), m, n, *pointers)
+    dx = _cpu.empty(m, n, dtype=rows.dtype)
+    arguments = w.data_ptr(), rstd.data_ptr(), _cpu.matrix(dx)
+    _cpu.kernels().rms_norm_dx(_cpu.matrix(dy), _cpu.matrix(rows), m, n, *arguments)
     return dx
 
 
@@ -83,22 +82,16 @@ def _triton_dx(dy: Tensor, rows: Tensor, weight: Tensor, rstd: Tensor) -> Tensor
     return dx
 
 
-def _supports(case: Case) -> str | None:
-    if case.dtype != torch.float32:
-        return f"no kernel for {case.dtype}"
-    return _cpu.supports("rms_norm", "rms_norm_dx")(case)
-
-
 OP = Op(
     "rms_norm",
     Impl("triton", _triton_forward, _triton.supports, 20),
-    Impl("cpu", _cpu_forward, _supports, 10),
+    Impl("cpu", _cpu_forward, _cpu.supports("rms_norm"), 10),
     Impl("reference", reference.rms_norm, lambda case: None, 0),
 )
 OP_DX = Op(
     "rms_norm_dx",
     Impl("triton", _triton_dx, _triton.supports, 20),
-    Impl("cpu", _cpu_dx, _supports, 10),
+    Impl("cpu", _cpu_dx, _cpu.supports("rms_norm_dx"), 10),
     Impl("reference", reference.rms_norm_dx, lambda case: None, 0),
 )
 

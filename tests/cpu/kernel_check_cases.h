@@ -255,6 +255,7 @@ LoraResults check_lora(const Kernels& kernels) {
 #include "kernel_check_importance.h"
 #include "kernel_check_attention.h"
 #include "kernel_check_prefix.h"
+#include "kernel_check_rms_norm.h"
 #include "kernel_check_rotary.h"
 #include "kernel_check_prompt.h"
 #include "kernel_check_glu.h"
@@ -273,6 +274,7 @@ int check_table(const Kernels& kernels) {
   report(check_cross_entropy(kernels).named());
   report(check_attention(kernels).named());
   report(check_prefix(kernels).named());
+  report(check_rms_norm(kernels).named());
   report("rotary", check_rotary(kernels));
   report(check_prompt(kernels).named());
   report(check_bottleneck(kernels).named());
