@@ -35,9 +35,8 @@ static inline int64_t whole_vectors(int64_t rows) { return (rows + kLanes - 1) /
 
 // Slices of equal depth: a short last one would cost as many passes over acc as a full one.
 template <class Layout>
-static int64_t slice_depth(int64_t depth, bool looks_up) {
-  const int64_t most = looks_up ? kLookUpDepth : Layout::depth;
-  const int64_t slices = std::max<int64_t>(1, (depth + most - 1) / most);
+static int64_t slice_depth(int64_t depth) {
+  const int64_t slices = std::max<int64_t>(1, (depth + Layout::depth - 1) / Layout::depth);
   return std::max<int64_t>(kRun, ((depth + slices - 1) / slices + kRun - 1) / kRun * kRun);
 }
 
@@ -50,7 +49,7 @@ static const float* share_left(const Matrix& left, int64_t rows, int64_t depth, 
   if (rows > kSharedRows) return nullptr;
   const bool looks_up = Layout<Elements>::looks_up(right, rows, depth);
   float* packed = workspace<Purpose::shared>(whole_vectors(rows) * depth);
-  const int64_t step = slice_depth<Layout<Elements>>(depth, looks_up);
+  const int64_t step = slice_depth<Layout<Elements>>(depth);
   const auto pack_slice = [&](int64_t slice) {
     const int64_t d = slice * step;
     pack<Elements>(left, 0, rows, d, std::min(step, depth - d), looks_up,
@@ -90,7 +89,7 @@ struct Block {
   void accumulate(const Term& term) {
     using Weights = Layout<Elements>;
     if (term.packed && Weights::looks_up(term.right, rows, term.depth)) return look_up<Weights>(term);
-    const int64_t step = slice_depth<Weights>(term.depth, false);
+    const int64_t step = slice_depth<Weights>(term.depth);
     bool decoded = false;  // this group, beside the one before it
     for (int64_t d = 0; d < term.depth; d += step) {
       const int64_t depth = std::min(step, term.depth - d);
@@ -117,7 +116,7 @@ struct Block {
   // accumulate, without a buffer of decoded weights, of rows that were packed once for all tasks.
   template <class Weights>
   void look_up(const Term& term) {
-    const int64_t step = slice_depth<Weights>(term.depth, true);
+    const int64_t step = slice_depth<Weights>(term.depth);
     const auto tiles = term.right.quantized->absmax_q ? look_up_tiles<true> : look_up_tiles<false>;
     for (int64_t d = 0; d < term.depth; d += step) {
       const auto first = static_cast<uint64_t>(column * term.right.ld + d);

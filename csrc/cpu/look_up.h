@@ -23,7 +23,6 @@ constexpr bool kLooksUp = true;
 constexpr bool kLooksUp = false;
 #endif
 constexpr int kLookUpVectors = 4, kLookUpColumns = 3;
-constexpr int kLookUpDepth = 1024;  // of a slice: 128 KB of x
 
 // code[c] = the codebook of element i of the c-th row from there, scaled. Asks for what a later tile needs for it.
 template <bool nested, int columns>
