@@ -54,3 +54,12 @@ def turned_magnitudes(wide, upper):
         sizes[name] = x * c + x.roll(half, -1) * s
         sizes[f"d{name}"] = dy.double().abs() * c + (dy.double().abs() * s).roll(half, -1)
     return sizes
+
+
+def assert_same_numbers_as_transformers(query, key, cos, sin):
+    """In fp32."""
+    upper = tuple(torch.randn_like(t) for t in (query, key))
+    got = all_of(ops.rotary, query, key, cos, sin, upper)
+    expected = all_of(apply_rotary_pos_emb, query, key, cos, sin, upper)
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name

@@ -1,12 +1,12 @@
 // The macro kernel of linear and linear_dx: out [rows, columns] = sum over terms of left [rows, depth] . right.
 //
-// Tiling. A task owns a block of rows x columns of the output and keeps it, transposed and in fp32, in `acc`. For each
-// slice of the reduction it packs the left operand once (transposed, so that lanes are rows), then decodes the
+// Tiling. A task owns a block of rows x columns of the output and keeps it, transposed and in fp32, in `acc`. For
+// each slice of the reduction it packs the left operand once (transposed, so that lanes are rows), then decodes the
 // weight one column group at a time into a buffer that stays in L1/L2 (on x86 while the group before it is
-// multiplied; not at all in look_up.h), and runs register tiles over it. Bytes per task and slice: the 4-bit weight is
-// read once (columns * depth / 2), the left slice once (rows * depth * 4), acc is read and written once (rows * columns
-// * 8, from L2) for rows * columns * depth FMAs. Neither a dequantised weight nor a converted activation exists beyond a
-// slice, but for a few rows, packed once for all tasks.
+// multiplied; not at all in look_up.h), and runs register tiles over it. Bytes per task and slice: the 4-bit weight
+// is read once (columns * depth / 2), the left slice once (rows * depth * 4), acc is read and written once (rows *
+// columns * 8, from L2) for rows * columns * depth FMAs. Neither a dequantised weight nor a converted activation
+// exists beyond a slice, but for a few rows, packed once for all tasks.
 #pragma once
 #include <algorithm>
 #include <type_traits>

@@ -40,7 +40,7 @@ static void transpose_to(const T* src, int64_t src_ld, int64_t rows, int64_t col
   }
 }
 
-// A panel is the rows that one tile takes: 1 to kMaxVectors vectors, or one narrow vector; or all that look_up.h's take.
+// A panel is the rows that one tile takes: 1 to kMaxVectors vectors, or one narrow vector; or the one of look_up.h.
 struct Panel {
   int vectors, width;
 };

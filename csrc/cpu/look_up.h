@@ -1,12 +1,12 @@
 // A register tile that looks each 4-bit weight up where it multiplies it: nothing is decoded into a buffer.
 //
 // Tiling. 3 output columns x 4 vectors of rows, on AVX2: 25 to 32 rows of x. Every 64 steps of the reduction the
-// columns' codebooks are scaled into L1 (6 multiplications for 768 FMAs, a run ahead of their use); a weight is then one
-// broadcast from there, at the address that its nibble gives. Nibbles are cut out in integer registers, so nothing but
-// FMAs and loads uses the vector units, which decode_beside.h's shuffles share with the FMAs: alone in L1 the tile
-// reaches what it would reach without 4-bit weights. A weight serves four FMAs. With fewer there are too many
-// instructions for each, and with several panels of rows decoding once for all of them costs no more. Bytes: the packed
-// weight once, the left slice once a tile, from L2.
+// columns' codebooks are scaled into L1 (6 multiplications for 768 FMAs, a run ahead of their use); a weight is then
+// one broadcast from there, at the address that its nibble gives. Nibbles are cut out in integer registers, so
+// nothing but FMAs and loads uses the vector units, which decode_beside.h's shuffles share with the FMAs: alone in L1
+// the tile reaches what it would reach without 4-bit weights. A weight serves four FMAs. With fewer there are too
+// many instructions for each, and with several panels of rows decoding once for all of them costs no more. Bytes: the
+// packed weight once, the left slice once a tile, from L2.
 #pragma once
 #include <type_traits>
 #include <utility>

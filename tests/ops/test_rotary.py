@@ -3,8 +3,13 @@
 import pytest
 import torch
 from backends import HOST
-from rotary_cases import DTYPES, SHAPES, all_of, assert_matches_float64, inputs
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from rotary_cases import (
+    DTYPES,
+    SHAPES,
+    assert_matches_float64,
+    assert_same_numbers_as_transformers,
+    inputs,
+)
 
 from fusetune import ops
 
@@ -23,12 +28,7 @@ def test_matches_float64(backend, shape, dtype):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_same_numbers_as_transformers_in_fp32(backend, shape):
-    query, key, cos, sin = inputs(shape)
-    upper = tuple(torch.randn_like(t) for t in (query, key))
-    got = all_of(ops.rotary, query, key, cos, sin, upper)
-    expected = all_of(apply_rotary_pos_emb, query, key, cos, sin, upper)
-    for name, value in expected.items():
-        assert torch.equal(got[name], value), name
+    assert_same_numbers_as_transformers(*inputs(shape))
 
 
 def test_tables_of_one_row_and_of_another_dtype(backend):
