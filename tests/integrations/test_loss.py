@@ -48,6 +48,16 @@ def test_loss_and_gradient(stock, fused, dtype, options, calls):
     assert got[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize(("stock", "fused"), PAIRS)
+@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": torch.tensor(9)}], ids=str)
+def test_what_has_no_kernel_is_stock(stock, fused, options, calls):
+    args = batch(torch.float64)
+    expected = value_and_gradient(stock, *args, **options)
+    got = value_and_gradient(fused, *args, **options)
+    assert all(map(torch.equal, got, expected))
+    assert not calls
+
+
 def losses(model, **options):
     return [row for row in fusetune.fuse(model, **options).rows if row.method == "cross-entropy"]
 
