@@ -1,4 +1,4 @@
-"""What the LoRA kernels share: dropout by counter, products of fp32 precision, sums of parts."""
+"""What kernels share: tiles in fp32, dropout by counter, products as precise, sums of parts."""
 
 from __future__ import annotations
 
@@ -40,6 +40,13 @@ def terms(parameter: torch.Tensor, activations: torch.dtype, arch: int) -> int:
     if parameter.dtype != torch.float32 or activations == torch.float32:
         return 1
     return 3 if activations == torch.bfloat16 else 2
+
+
+@triton.jit
+def load_tile(matrix, row, col, stride, inside):
+    """Elements (row, col) in fp32, 0 where not inside; stride: from row to row."""
+    at = matrix + row[:, None] * stride + col[None, :]
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -13,15 +13,9 @@ import triton
 import triton.language as tl
 
 from fusetune._triton._activation import activate, slope
+from fusetune._triton._tile import load_tile
 
 _ROWS, _COLS, _WARPS = 4, 512, 4  # two vectors of 16 bytes a thread, where elements have two
-
-
-@triton.jit
-def _load(matrix, row, col, stride, inside):
-    return tl.load(matrix + row[:, None] * stride + col[None, :], mask=inside, other=0.0).to(
-        tl.float32
-    )
 
 
 @triton.jit
@@ -46,8 +40,8 @@ def _glu(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (row < M)[:, None] & (col < N)[None, :]
-    z = _load(gate, row, col, stride_gate, inside)
-    other = _load(up, row, col, stride_up, inside)
+    z = load_tile(gate, row, col, stride_gate, inside)
+    other = load_tile(up, row, col, stride_up, inside)
     _store(y, row, col, N, activate(z, ACTIVATION) * other, inside)
 
 
@@ -72,10 +66,10 @@ def _glu_backward(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (row < M)[:, None] & (col < N)[None, :]
-    upper = _load(dy, row, col, stride_dy, inside)
-    z = _load(gate, row, col, stride_gate, inside)
+    upper = load_tile(dy, row, col, stride_dy, inside)
+    z = load_tile(gate, row, col, stride_gate, inside)
     if NEED_GATE:
-        other = _load(up, row, col, stride_up, inside)
+        other = load_tile(up, row, col, stride_up, inside)
         _store(dgate, row, col, N, upper * other * slope(z, ACTIVATION), inside)
     if NEED_UP:
         _store(dup, row, col, N, upper * activate(z, ACTIVATION), inside)

@@ -14,15 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fusetune._triton._tile import load_tile
+
 _LARGEST = 8192  # elements of a row that stay in registers: backward 3 x 16 a thread
 _TILE = 2048  # elements that a program has at least, where there are as many
-
-
-@triton.jit
-def _load(matrix, row, col, stride, inside):
-    return tl.load(matrix + row[:, None] * stride + col[None, :], mask=inside, other=0.0).to(
-        tl.float32
-    )
 
 
 @triton.jit
@@ -48,12 +43,12 @@ def _rms_norm(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     valid = (row < M)[:, None]
-    values = _load(x, row, col, stride_x, valid & (col < N)[None, :])
+    values = load_tile(x, row, col, stride_x, valid & (col < N)[None, :])
     squares = values * values
     if not WHOLE:
         for first in range(COLS, N, COLS):
             more = first + col
-            part = _load(x, row, more, stride_x, valid & (more < N)[None, :])
+            part = load_tile(x, row, more, stride_x, valid & (more < N)[None, :])
             squares += part * part
     scale = tl.rsqrt(tl.sum(squares, axis=1) / N + eps)
     tl.store(rstd + row, scale, mask=row < M)
@@ -64,7 +59,7 @@ def _rms_norm(
         for first in range(COLS, N, COLS):
             more = first + col
             inside = valid & (more < N)[None, :]
-            part = _load(x, row, more, stride_x, inside)
+            part = load_tile(x, row, more, stride_x, inside)
             result = _normed(part, scale, weight, more, N).to(y.dtype.element_ty)
             tl.store(y + row[:, None] * N + more[None, :], result, mask=inside)
 
@@ -73,8 +68,8 @@ def _rms_norm(
 def _dx_operands(dy, x, weight, row, col, M, N, stride_dy, stride_x):
     inside = (row < M)[:, None] & (col < N)[None, :]
     w = tl.load(weight + col, mask=col < N, other=0.0).to(tl.float32)
-    upper = _load(dy, row, col, stride_dy, inside) * w[None, :]
-    return upper, _load(x, row, col, stride_x, inside), inside
+    upper = load_tile(dy, row, col, stride_dy, inside) * w[None, :]
+    return upper, load_tile(x, row, col, stride_x, inside), inside
 
 
 @triton.jit

@@ -2,18 +2,11 @@
 
 import pytest
 import torch
-from backends import HOST
 from rms_norm_cases import DTYPES, EPS, assert_matches_float64, inputs
 
 from fusetune import ops
 
 SHAPES = ((1, 1), (3, 15), (5, 17), (40, 1000), (2, 3, 33), (300, 576))
-
-
-@pytest.fixture(params=HOST)
-def backend(request):
-    with ops.use_backend(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

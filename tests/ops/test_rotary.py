@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from backends import HOST
 from rotary_cases import (
     DTYPES,
     SHAPES,
@@ -12,12 +11,6 @@ from rotary_cases import (
 )
 
 from fusetune import ops
-
-
-@pytest.fixture(params=HOST)
-def backend(request):
-    with ops.use_backend(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
