@@ -17,12 +17,12 @@ namespace FUSETUNE_ISA {
 constexpr int tile_columns(int vectors) { return 12 / vectors; }
 constexpr int kMinTileColumns = 4;  // for what wider tiles leave
 constexpr bool kTilesReadRows = true;  // of a dense weight, where they are
-constexpr bool kPrefetchTile = false;  // costs 4 %: the loads and FMAs already fill what can be issued
+constexpr bool kPrefetchLeft = false;  // costs 4 %: the loads and FMAs already fill what can be issued
 #else
 constexpr int tile_columns(int) { return 8; }
 constexpr int kMinTileColumns = 8;
 constexpr bool kTilesReadRows = false;  // eight rows that lie a power of two apart fill a set of the cache
-constexpr bool kPrefetchTile = true;
+constexpr bool kPrefetchLeft = true;
 #endif
 constexpr int kMaxVectors = 3;
 constexpr int kMaxTileColumns = tile_columns(1);
@@ -54,7 +54,7 @@ __attribute__((noinline)) static void tile(const float* left, const float* right
   for (int c = 0; c < columns; ++c) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      if (kPrefetchTile) __builtin_prefetch(out + c * ld + v * Vec::lanes, 1);
+      if (v * sizeof(V) % 64 == 0) __builtin_prefetch(out + c * ld + v * Vec::lanes, 1);
       acc[c][v] = Vec::set1(0.f);
     }
   }
@@ -62,7 +62,7 @@ __attribute__((noinline)) static void tile(const float* left, const float* right
     V x[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      if (kPrefetchTile) __builtin_prefetch(left + (16 * vectors + v) * Vec::lanes);
+      if (kPrefetchLeft) __builtin_prefetch(left + (16 * vectors + v) * Vec::lanes);
       x[v] = Vec::load(left + v * Vec::lanes);
     }
 #pragma GCC unroll 16
