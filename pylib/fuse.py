@@ -41,7 +41,7 @@ _LAYERS = {
     "transformers_rotary": ("transformers",),
 }
 # Integrations that give a function to modules, whose classes stay: install, installed, restore.
-_FUNCTIONS = ("transformers", "transformers_attention")
+_FUNCTIONS = ("transformers", "transformers_attention", "transformers_lazy_logits")
 # Methods that may lie in a module's instance -> the one of its class that they then are.
 _BOUND = {
     "forward": "forward",
@@ -50,7 +50,9 @@ _BOUND = {
 }
 
 
-def fuse(model: nn.Module, *, loss: bool = True, dropout: bool = True) -> FuseReport:
+def fuse(
+    model: nn.Module, *, loss: bool = True, dropout: bool = True, lazy_logits: bool = False
+) -> FuseReport:
     """Fuses what can be fused of a model, in place, and reports on every layer concerned.
 
     Covers PEFT's LoRA, AdaLoRA and IA3 on dense and on bitsandbytes' 4-bit linear layers, LoRA on
@@ -60,14 +62,21 @@ def fuse(model: nn.Module, *, loss: bool = True, dropout: bool = True) -> FuseRe
     the linear layers that are frozen and fp32. With `dropout`, on CPUs, also the dropout that
     transformers' own modules have: its rates stay, and torch.manual_seed fixes its masks, but they
     are not those that torch draws.
+    With `lazy_logits`, a language model with a frozen last layer computes its loss in training by
+    blocks of rows, and `outputs.logits` only where somebody reads them: less memory, and nothing is
+    computed for labels of -100. (Once read, they are computed at once until `fuse` is called again.
+    Not under torch.compile.)
     Call it once the adapters are in place; another call covers what was added since and changes
     nothing else.
 
     A 4-bit weight that bitsandbytes has repacked for its CPU kernel gets its plain layout back.
     What a layer cannot do exactly runs its library's own code, and the report says why. Raises
-    TypeError where `model` is no module, and ValueError where a 4-bit weight is corrupt or a forced
-    backend (FUSETUNE_BACKEND) cannot run; the model is then as it was.
+    TypeError where `model` is no module, and ValueError where a 4-bit weight is corrupt, a forced
+    backend (FUSETUNE_BACKEND) cannot run, or `lazy_logits` comes without `loss`; the model is then
+    as it was.
     """
+    if lazy_logits and not loss:
+        raise ValueError("lazy_logits needs loss=True: the stock loss reads the logits")
     with _undone_on_error(model) as undo:
         importlib.import_module("fusetune.integrations.linear").discover(model)
         if "transformers" in sys.modules:
@@ -80,7 +89,7 @@ def fuse(model: nn.Module, *, loss: bool = True, dropout: bool = True) -> FuseRe
         if not dropout:
             swaps.pop(nn.Dropout, None)
         restorable = {kind for kind in swaps.values() if hasattr(kind, "restore_layout")}
-        installs = _installs(loss, dropout)
+        installs = _installs(loss, dropout, lazy_logits)
         for module in model.modules():
             target = _target(module, swaps)
             if target is not None and not _has_own_forward(module):
@@ -111,11 +120,13 @@ def unfuse(model: nn.Module) -> None:
 
 
 @contextmanager
-def fused(model: nn.Module, *, loss: bool = True, dropout: bool = True) -> Iterator[FuseReport]:
+def fused(
+    model: nn.Module, *, loss: bool = True, dropout: bool = True, lazy_logits: bool = False
+) -> Iterator[FuseReport]:
     """`fuse` for the length of a with block; what was fused before stays fused after it."""
     restore = _snapshot(model)
     try:
-        yield fuse(model, loss=loss, dropout=dropout)
+        yield fuse(model, loss=loss, dropout=dropout, lazy_logits=lazy_logits)
     finally:
         restore()
 
@@ -203,12 +214,15 @@ def _functions() -> list[types.ModuleType]:
     return [importlib.import_module(f"fusetune.integrations.{name}") for name in _FUNCTIONS]
 
 
-def _installs(loss: bool, dropout: bool) -> list[Callable[[nn.Module], bool]]:
+def _installs(loss: bool, dropout: bool, lazy_logits: bool) -> list[Callable[[nn.Module], bool]]:
     """What gives functions to modules."""
     if not (parts := _functions()):
         return []
-    attention = functools.partial(parts[1].install, dropout=dropout)
-    return [parts[0].install, attention] if loss else [attention]
+    losses, attention, lazy = parts
+    installs: list[Callable[[nn.Module], bool]] = [losses.install] if loss else []
+    if lazy_logits:  # after the loss
+        installs.append(lazy.install)
+    return [*installs, functools.partial(attention.install, dropout=dropout)]
 
 
 def _own_adapter(name: str, module: nn.Module) -> Row | None:

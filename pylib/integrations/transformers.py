@@ -17,6 +17,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaske
 
 from fusetune import ops
 from fusetune.integrations._guards import carrier, case_of, no_kernel
+from fusetune.integrations._lazy_logits import source_of
 
 METHOD = "cross-entropy"
 _ATTRIBUTE = "_loss_function"  # what transformers' setter writes
@@ -71,11 +72,17 @@ def _reduced(
     num_items_in_batch: torch.Tensor | int | None,
     ignore_index: int,
 ) -> torch.Tensor:
-    logits = logits.view(-1, vocab_size)
     labels = labels.reshape(-1).to(logits.device)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction}
+    source = source_of(logits)
+    if source is not None and len(source.weight) == vocab_size:
+        x = source.x.reshape(-1, source.x.shape[-1])
+        loss = ops.linear_cross_entropy(x, source.weight, labels, source.bias, **options)
+    else:
+        loss = ops.cross_entropy(logits.view(-1, vocab_size), labels, **options)
     if num_items_in_batch is None:
-        return ops.cross_entropy(logits, labels, ignore_index=ignore_index)
-    loss = ops.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+        return loss
     if isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss / num_items_in_batch

@@ -27,6 +27,7 @@ from fusetune.ops.ia3_linear import ia3_linear
 from fusetune.ops.importance import importance
 from fusetune.ops.linear import linear
 from fusetune.ops.linear_4bit import linear_4bit
+from fusetune.ops.linear_cross_entropy import linear_cross_entropy
 from fusetune.ops.lora_embedding import lora_embedding
 from fusetune.ops.lora_grouped_linear import lora_grouped_linear
 from fusetune.ops.lora_linear import lora_linear
@@ -63,6 +64,7 @@ __all__ = [
     "importance",
     "linear",
     "linear_4bit",
+    "linear_cross_entropy",
     "lora_embedding",
     "lora_grouped_linear",
     "lora_linear",

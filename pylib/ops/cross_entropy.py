@@ -58,12 +58,19 @@ def _check_arguments(
     _check.check_float("logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must have shape [M, V] with V > 0, got {list(logits.shape)}")
+    check_target("logits", logits, target, reduction, label_smoothing)
+
+
+def check_target(
+    name: str, rows: torch.Tensor, target: torch.Tensor, reduction: str, label_smoothing: float
+) -> None:
+    """What is asked of the loss of `rows`, which the caller knows by `name`."""
     if not isinstance(target, torch.Tensor) or target.dtype != torch.int64:
         kind = target.dtype if isinstance(target, torch.Tensor) else type(target).__name__
         raise TypeError(f"target must be an int64 tensor of class indices, got {kind}")
-    _check.check_shape("target", target, (logits.shape[0],))
-    if target.device != logits.device:
-        raise ValueError(f"target is on {target.device}, logits on {logits.device}: move one")
+    _check.check_shape("target", target, (rows.shape[0],))
+    if target.device != rows.device:
+        raise ValueError(f"target is on {target.device}, {name} on {rows.device}: move one")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if not 0 <= label_smoothing <= 1:

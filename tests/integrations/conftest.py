@@ -21,6 +21,7 @@ COUNTED = (
     "rms_norm",
     "rotary",
     "cross_entropy",
+    "linear_cross_entropy",
     "dora_linear",
     "dropout",
     "glu",

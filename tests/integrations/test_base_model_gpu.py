@@ -3,6 +3,7 @@ against float64 are the stock model's, and a launch each way does it.
 """
 
 import copy
+from importlib import import_module
 
 import pytest
 import tiny_models
@@ -12,6 +13,7 @@ from model_equality import assert_near, float64_copy
 
 import fusetune
 from fusetune import ops
+from fusetune.integrations.transformers_lazy_logits import head_reason
 
 OURS = {"_rms_norm": 5, "_rotary": 2, "_glu": 2, "_cross_entropy": 1}
 BACKWARD = {"_rms_norm_dx": 5, "_rotary": 2, "_glu_backward": 2, "_cross_entropy_backward": 1}
@@ -61,3 +63,32 @@ def test_float64_is_stock(gpu):
     got, expected = step(fused, inputs), step(stock, inputs)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
     assert not gpu.launches
+
+
+def test_lazy_logits(gpu, monkeypatch):
+    """The same step, its loss by blocks of rows, each with a launch each way."""
+    monkeypatch.setattr(import_module("fusetune.ops.linear_cross_entropy"), "_GPU_ROWS", 16)
+    stock, inputs = model_and_inputs(torch.float32)
+    fused = copy.deepcopy(stock).train()
+    (row,) = [r for r in fusetune.fuse(fused, lazy_logits=True).rows if r.method == "lazy logits"]
+    assert (row.backend, row.reason) == ("triton", None)
+    got = step(fused, inputs)
+    launches = [one.kernel for one in gpu.launches]
+    blocks = -(-inputs["labels"].numel() // 16)
+    assert blocks > 1
+    for name in ("_cross_entropy", "_cross_entropy_backward"):
+        assert launches.count(name) == blocks
+    assert_near(got, step(stock, inputs), step(float64_copy(stock), inputs))
+
+
+def test_what_a_head_on_a_gpu_has_to_be():
+    def head(**options):
+        return torch.nn.Linear(3, 5, **options).requires_grad_(False)
+
+    assert head_reason(head(dtype=torch.bfloat16)) is None
+    assert head_reason(head().requires_grad_()) == "the weight is trained"
+    assert head_reason(head(dtype=torch.float64)) == "the weight is torch.float64"
+    other = head()
+    del other.weight
+    other.weight = torch.randn(5, 3)
+    assert head_reason(other) == "the weight is not a plain parameter but Tensor"
