@@ -35,6 +35,7 @@ from fusetune.bench.dora_cases import dora_linear
 from fusetune.bench.fusion_cases import adapter_fusion
 from fusetune.bench.ia3_cases import bias_gradient, ia3_linear
 from fusetune.bench.importance_cases import importance
+from fusetune.bench.loss_cases import linear_cross_entropy
 from fusetune.bench.multi_lora_cases import multi_lora_linear
 from fusetune.bench.rms_norm_cases import rms_norm
 from fusetune.bench.rotary_cases import rotary
@@ -135,6 +136,7 @@ def small_cases() -> Iterator[Case]:
         yield make.quantize_4bit(N, K, dtype)
         yield make.dequantize_4bit(N, K, dtype, double_quant=True)
         yield make.cross_entropy(M, N, dtype)
+        yield linear_cross_entropy(M, K, N, dtype, ignored=0.3)
         yield from attention_cases.small_cases(dtype)
         yield from glu_cases.small_cases(M, N, dtype)
         yield rms_norm(M, N, dtype)

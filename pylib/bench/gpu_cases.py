@@ -23,6 +23,7 @@ from .fusion_cases import adapter_fusion
 from .glu_cases import glu
 from .group_cases import lora_linear_group
 from .ia3_cases import ia3_linear
+from .loss_cases import linear_cross_entropy
 from .multi_lora_cases import multi_lora_linear
 from .prefix_cases import prefix_attention
 from .prompt_cases import prompt_embed
@@ -53,6 +54,7 @@ def triton_cases() -> Iterator[Case]:
         yield rms_norm(5, 520, dtype)
         yield rotary(2, 3, 1, 5, 40, dtype)
         yield cross_entropy(5, 5000, dtype)
+        yield linear_cross_entropy(5, 40, 5000, dtype)
         yield lora_linear_group(9, (40, 24), 72, dtype, rank=5, dropout=0.3, dense=True)
         yield several(5, 3, dtype, by_row=True, dense=False)
         yield several(3, 30, dtype, by_row=False, dense=True)

@@ -27,6 +27,7 @@ from .lora_layer_cases import (
     lora_up_cases,
     transposed_linear_cases,
 )
+from .loss_cases import linear_cross_entropy_cases
 from .prefix_cases import prefix_attention_cases
 from .prompt_cases import prompt_embed_cases
 from .rms_norm_cases import rms_norm_cases
@@ -106,6 +107,7 @@ OPS: dict[str, Callable[[bool, int, int], Iterator[Case]]] = {
     "quantize_4bit": quantize_4bit_cases,
     "dequantize_4bit": dequantize_4bit_cases,
     "cross_entropy": cross_entropy_cases,
+    "linear_cross_entropy": linear_cross_entropy_cases,
     "bottleneck": bottleneck_cases,
     "adapter_fusion": adapter_fusion_cases,
     "attention": attention_cases,

@@ -103,7 +103,7 @@ def run(settings: Settings, console: Console | None = None) -> dict[str, Any]:
     screen.show_comparison(console, saved["comparison"])
 
     screen.heading(console, "Training, fused")
-    screen.show_report(console, fusetune.fuse(model))
+    screen.show_report(console, fusetune.fuse(model, lazy_logits=True))
 
     def held_out_loss() -> float:
         rounds = -(-len(test) // settings.batch_size)

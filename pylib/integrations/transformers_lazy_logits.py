@@ -128,7 +128,8 @@ def restore(module: Any) -> None:
     if not installed(module):
         return
     del module.__dict__[_MARK]
-    head: Any = module.get_output_embeddings()
+    head = module.get_output_embeddings()
     if type(head) is LazyHead:
         head.__dict__.pop(_READ, None)
-        head.__class__ = nn.Linear
+        stock: Any = head
+        stock.__class__ = nn.Linear
