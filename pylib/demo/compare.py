@@ -114,7 +114,9 @@ def compare(
 
 
 def mode(model: Any, variant: str) -> contextlib.AbstractContextManager[Any]:
-    return fusetune.fused(model, lazy_logits=True) if variant == "fused" else contextlib.nullcontext()
+    return (
+        fusetune.fused(model, lazy_logits=True) if variant == "fused" else contextlib.nullcontext()
+    )
 
 
 def measured_step(trainer: Trainer) -> tuple[float, Peak | None]:

@@ -23,7 +23,7 @@ from fusetune.integrations._guards import (
     no_kernel,
 )
 from fusetune.integrations._lazy_logits import lazy_logits
-from fusetune.integrations.linear import FusedLinear, frozen_reason
+from fusetune.integrations.linear import FusedLinear
 
 METHOD = "lazy logits"
 _MARK = "_fusetune_lazy_logits"  # of a model that is to have them
@@ -52,7 +52,7 @@ class LazyHead(FusedLinear):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-            if kind == "cpu" or dtype not in KERNEL_DTYPES:
+            if dtype not in KERNEL_DTYPES:
                 return super().forward(x)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
@@ -65,15 +65,16 @@ class LazyHead(FusedLinear):
         if self.__dict__.get(_READ):
             return "something in training reads the logits"
         weight = self.weight
-        if weight.device.type == "cpu":
-            return frozen_reason(self)
-        if no_kernel("linear_cross_entropy", weight.device.type, weight.dtype, weight.dtype):
+        reason = head_reason(self)
+        if reason is None and no_kernel(
+            "linear_cross_entropy", weight.device.type, weight.dtype, weight.dtype
+        ):
             return "no kernel for this model"
-        return head_reason(self)
+        return reason
 
 
 def head_reason(head: nn.Module) -> str | None:
-    """Why a layer on a device other than the CPU cannot be one with lazy outputs."""
+    """Why a layer cannot be one with lazy outputs, wherever it is."""
     for name in ("weight", "bias"):
         parameter = getattr(head, name)
         if parameter is None:

@@ -14,6 +14,7 @@ from fusetune.integrations._lazy_logits import LazyLogits, lazy_logits, source_o
 from fusetune.integrations.transformers import causal_lm_loss
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+BF16 = 16 * 2**-9  # of a gradient's norm: sixteen roundings, two layers' worth
 
 
 def lora(kind, targets="all-linear", **options):
@@ -205,8 +206,28 @@ def test_under_autocast():
     fusetune.fuse(model, lazy_logits=True)
     with torch.autocast("cpu", torch.bfloat16):
         got, stock = model(**inputs), expected(**inputs)
-    assert type(got.logits) is torch.Tensor
+    assert type(got.logits) is LazyLogits
+    assert got.logits.dtype == stock.logits.dtype == torch.bfloat16
     torch.testing.assert_close(got.loss, stock.loss, rtol=2**-7, atol=0)
+    for outputs in (got, stock):
+        outputs.loss.backward()
+    parameters = zip(model.parameters(), expected.parameters(), strict=True)
+    pairs = [(a.grad, b.grad) for a, b in parameters if a.grad is not None]
+    assert pairs
+    for one, other in pairs:
+        assert (one - other).norm() <= BF16 * other.norm()
+
+
+def test_in_bf16():
+    model, inputs = lora("llama")
+    model = model.to(torch.bfloat16)
+    expected = step(copy.deepcopy(model), inputs)
+    fusetune.fuse(model, lazy_logits=True)
+    got = step(model, inputs)
+    assert type(got[2].logits) is LazyLogits
+    torch.testing.assert_close(got[0], expected[0], rtol=2**-7, atol=0)
+    for name, gradient in got[1].items():
+        assert (gradient - expected[1][name]).norm() <= BF16 * expected[1][name].norm(), name
 
 
 @pytest.mark.parametrize(
