@@ -27,7 +27,7 @@ from fusetune.reference import linear_cross_entropy as reference
 Tensor = torch.Tensor
 
 # Rows at a time: from so many on the weight, read once a block, costs little beside the products.
-_CPU_ROWS = 128
+_CPU_ROWS = 256
 _GPU_ROWS = 1024
 
 
