@@ -22,13 +22,13 @@ from typing import Any
 
 import fusetune
 from benchmarks import bound, bound_adapters, bound_model, method_tables
+from benchmarks.run import slug
 from examples import adapters_report, glue_report, prompts_report
 from fusetune.bench import table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-DEMO = RESULTS / "demo.json"
 PREDICTED = RESULTS / "predicted.json"
 BUDGETS = ROOT / "tests" / "compile" / "budgets.json"
 PICTURE = ROOT / "docs" / "demo.png"
@@ -53,7 +53,9 @@ def main() -> int:
     if options.demo:
         PICTURE.parent.mkdir(exist_ok=True)
         shutil.copy(options.demo / "report.png", PICTURE)
-        DEMO.write_text((options.demo / "report.json").read_text())
+        report = (options.demo / "report.json").read_text()
+        device = json.loads(report)["setup"]["device"]
+        (RESULTS / f"demo-{slug(device)}.json").write_text(report)
     if options.adapters:
         shutil.copy(options.adapters / ADAPTERS_PICTURE.name, ADAPTERS_PICTURE)
         ADAPTERS.write_text((options.adapters / ADAPTERS.name).read_text())
@@ -82,7 +84,7 @@ def section(name: str) -> str:
     if name == "report":
         return f"```text\n{fuse_report()}\n```\n"
     if name == "demo":
-        return demo_table()
+        return demo_tables()
     tables: dict[str, tuple[Callable[[Any], str], Path]] = {
         "predicted": (bound.markdown, PREDICTED),
         "predicted_adapters": (bound_adapters.markdown, PREDICTED),
@@ -158,10 +160,13 @@ def op_tables(op: str) -> str:
     return "\n".join(parts) or "Not measured yet.\n"
 
 
-def demo_table() -> str:
-    if not DEMO.exists():
-        return "Not measured yet.\n"
-    report = json.loads(DEMO.read_text())
+def demo_tables() -> str:
+    """One for each machine."""
+    reports = sorted(RESULTS.glob("demo-*.json"))
+    return "\n".join(demo_table(json.loads(path.read_text())) for path in reports)
+
+
+def demo_table(report: dict[str, Any]) -> str:
     setup, comparison, training = (report[k] for k in ("setup", "comparison", "training"))
     stock, fused = comparison["stock"], comparison["fused"]
     lines = [
