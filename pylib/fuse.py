@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from fusetune.integrations._classes import set_class
 from fusetune.report import FuseReport, Row
 
 # Integrations that swap classes, and the libraries they need. A library that was never imported has
@@ -42,12 +43,6 @@ _LAYERS = {
 }
 # Integrations that give a function to modules, whose classes stay: install, installed, restore.
 _FUNCTIONS = ("transformers", "transformers_attention", "transformers_lazy_logits")
-# Methods that may lie in a module's instance -> the one of its class that they then are.
-_BOUND = {
-    "forward": "forward",
-    "_old_forward": "forward",
-    "prepare_inputs_for_generation": "prepare_inputs_for_generation",
-}
 
 
 def fuse(
@@ -93,7 +88,7 @@ def fuse(
         for module in model.modules():
             target = _target(module, swaps)
             if target is not None and not _has_own_forward(module):
-                _set_class(module, target)
+                set_class(module, target)
             elif hasattr(type(module), "after_fuse"):  # fused before: what was changed since
                 refreshed: Any = module
                 refreshed.after_fuse()
@@ -114,7 +109,7 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         kind: Any = type(module)
         if kind in fused_classes:
-            _set_class(module, kind.stock_class)
+            set_class(module, kind.stock_class)
         for part in functions:
             part.restore(module)
 
@@ -155,7 +150,7 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
     def restore() -> None:
         for module, kind in classes:
             if type(module) is not kind:
-                _set_class(module, kind)
+                set_class(module, kind)
             for part, having in functions:
                 if id(module) not in having:
                     part.restore(module)
@@ -166,24 +161,6 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
 def _check(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-
-
-def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    before_unfuse = getattr(type(module), "before_unfuse", None)
-    if before_unfuse is not None:
-        before_unfuse(module)
-    # accelerate keeps the forward it wraps in the instance, bound to the class of that moment, and
-    # PEFT's disable_adapter leaves the methods there that it put back.
-    for name, method in _BOUND.items():
-        function = getattr(module.__dict__.get(name), "__func__", None)
-        if function is not None and function is getattr(type(module), method, None):
-            module.__dict__[name] = types.MethodType(getattr(kind, method), module)
-    for name in [key for key in module.__dict__ if key.startswith("_fusetune")]:
-        del module.__dict__[name]
-    module.__class__ = kind
-    after_fuse = getattr(kind, "after_fuse", None)
-    if after_fuse is not None:
-        after_fuse(module)
 
 
 def _target(module: nn.Module, swaps: dict[type[nn.Module], type[Any]]) -> type[Any] | None:

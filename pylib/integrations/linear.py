@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.functional import linear as stock_linear
 
 from fusetune import ops
+from fusetune.integrations._classes import set_class
 from fusetune.integrations._guards import call_reason, carrier, no_kernel
 
 _INSIDE: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of layers that may read their weights
@@ -95,9 +96,8 @@ def discover(model: nn.Module) -> None:
         for child in _owned(module):
             if isinstance(child, nn.Linear):
                 _INSIDE.add(child)
-            if type(child) is FusedLinear:
-                wrapped: Any = child
-                wrapped.__class__ = nn.Linear
+            if isinstance(child, FusedLinear):
+                set_class(child, nn.Linear)
 
 
 def _owned(layer: nn.Module) -> Iterator[nn.Module]:

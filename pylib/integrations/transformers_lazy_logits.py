@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fusetune.integrations import transformers as loss
+from fusetune.integrations._classes import set_class
 from fusetune.integrations._guards import (
     KERNEL_DTYPES,
     call_reason,
@@ -96,7 +97,7 @@ def install(module: nn.Module) -> bool:
     module.__dict__[_MARK] = True
     head: Any = module.get_output_embeddings()
     if type(head) in _CLASSES and _plain_reason(head) is None:
-        head.__class__ = LazyHead
+        set_class(head, LazyHead)
     if type(head) is LazyHead:
         head.__dict__.pop(_READ, None)
     return True
@@ -118,7 +119,8 @@ def fused_carrier(module: Any) -> tuple[str, str | None]:
         return "-", "the model has no last layer"
     if type(head) is not LazyHead:
         taken = _plain_reason(head) if type(head) in _CLASSES else None
-        return "-", taken or f"the last layer is a {type(head).__name__}"
+        kind = getattr(head, "stock_class", type(head))
+        return "-", taken or f"the last layer is a {kind.__module__}.{kind.__qualname__}"
     weight = head.weight
     backend, reason = carrier("linear_cross_entropy", weight.device.type, *2 * (weight.dtype,))
     return backend, reason or head.fused_reason()
@@ -131,6 +133,4 @@ def restore(module: Any) -> None:
     del module.__dict__[_MARK]
     head = module.get_output_embeddings()
     if type(head) is LazyHead:
-        head.__dict__.pop(_READ, None)
-        stock: Any = head
-        stock.__class__ = nn.Linear
+        set_class(head, nn.Linear)

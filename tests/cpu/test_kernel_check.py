@@ -22,6 +22,8 @@ from fusetune import _native
 
 ROOT = Path(__file__).parents[2]
 SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# What AddressSanitizer finds as well; without it files compile in three quarters of the time.
+SANITIZE += ["-fno-sanitize=null,object-size"]
 # GCC's: checks are calls, which compile in two thirds of the time.
 CALLS = ["--param", "asan-instrumentation-with-call-threshold=0"]
 

@@ -244,6 +244,32 @@ def test_a_head_that_is_trained(targets, reason):
     torch.testing.assert_close(step(model, inputs)[:2], expected[:2], **CLOSE)
 
 
+def test_a_head_that_gets_an_adapter_later():
+    model, inputs = tiny_models.llama()
+    fusetune.fuse(model.requires_grad_(False).train(), lazy_logits=True)
+    config = LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    model = get_peft_model(model, config)
+    stock = copy.deepcopy(model)
+    fusetune.unfuse(stock)
+    expected = step(stock, inputs)
+    torch.testing.assert_close(step(model, inputs)[:2], expected[:2], **CLOSE)
+    assert "peft.tuners.lora" in state(model)
+    assert type(model.get_base_model().lm_head.base_layer) is torch.nn.Linear
+    torch.testing.assert_close(step(model, inputs)[:2], expected[:2], **CLOSE)
+
+
+def test_a_head_that_accelerate_wraps_later():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model, inputs = lora("llama")
+    expected = step(copy.deepcopy(model), inputs)
+    fusetune.fuse(model, lazy_logits=True)
+    add_hook_to_module(model.get_base_model().lm_head, ModelHook())
+    for _ in range(2):
+        torch.testing.assert_close(step(model, inputs)[:2], expected[:2], **CLOSE)
+        fusetune.unfuse(model)
+
+
 def test_taken_out_again():
     model, inputs = lora("llama")
     head = model.get_base_model().lm_head
