@@ -3,8 +3,8 @@
 // Tiling: a row at a time (192 KB of fp32 at V = 49152: it stays in L2 between the passes over it), rows handed out
 // in chunks of at least 16 Ki elements. Rows that are ignored are not read.
 // Bytes: forward 4 M V read from memory (the second pass, for the sum of exponentials, comes from L2), 8 M written.
-// Backward 4 M V read and 4 M V written, in place where nobody else reads the logits. PyTorch: forward 4 M V read and written, backward another 5 times 4 M V, and
-// two more tensors of that size.
+// Backward 4 M V read and 4 M V written, in place where nobody else reads the logits. PyTorch: forward 4 M V read and
+// written, backward another 5 times 4 M V, and two more tensors of that size.
 #include <algorithm>
 #include <atomic>
 #include <cmath>

@@ -44,6 +44,11 @@ class LazyLogits(torch.Tensor):
         """The logits themselves, outside of the graph."""
         if self.value is None:
             x, weight, bias, read = self.source
+            if not weight.untyped_storage().nbytes():
+                raise RuntimeError(
+                    "the weight that these logits need was freed after the model's call (FSDP does "
+                    "that): fuse without lazy_logits to read them"
+                )
             product = ops.linear if x.device.type == "cpu" else nn.functional.linear
             with torch.no_grad():
                 self.value = product(x.detach(), weight, bias).to(self.dtype)
@@ -78,7 +83,8 @@ def source_of(logits: torch.Tensor) -> Source | None:
     """What logits come from that nobody has read; None for others."""
     if not isinstance(logits, LazyLogits) or logits.source.read:
         return None
-    return logits.source
+    freed = not logits.source.weight.untyped_storage().nbytes()
+    return None if freed else logits.source
 
 
 def lazy_logits(

@@ -65,13 +65,14 @@ class LazyHead(FusedLinear):
         """Why the logits are computed at once; None where they are not."""
         if self.__dict__.get(_READ):
             return "something in training reads the logits"
+        # Also of what FSDP or accelerate have made of it: they take the weight away after the call.
+        reason = module_reason(self, "the last layer", LazyHead) or head_reason(self)
+        if reason is not None:
+            return reason
         weight = self.weight
-        reason = head_reason(self)
-        if reason is None and no_kernel(
-            "linear_cross_entropy", weight.device.type, weight.dtype, weight.dtype
-        ):
+        if no_kernel("linear_cross_entropy", weight.device.type, weight.dtype, weight.dtype):
             return "no kernel for this model"
-        return reason
+        return None
 
 
 def head_reason(head: nn.Module) -> str | None:

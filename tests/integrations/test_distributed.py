@@ -100,20 +100,22 @@ def worker(rank, folder):
 
 
 def step_of_half_a_batch(rank, wrap, make):
-    """({name: gradient}, number of layers that took the fused path)."""
-    model = make()
+    """({name: gradient}, number of layers that took the fused path, of losses without logits)."""
+    model = make().train()
     case = fusetune.ops.Case("cpu", torch.float32)
     if fusetune.ops.OPS["lora_linear"].select(case).name == "reference":
         fusetune.ops.set_backend("reference")
-    fusetune.fuse(model)
+    fusetune.fuse(model, lazy_logits=True)
     wrapped = wrap(model)
-    calls = []
+    calls, losses = [], []
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((fusetune.ops, "lora_linear"), (_prefix_interface, "_fused")):
             patch.setattr(module, name, counting(getattr(module, name), calls))
+        loss = counting(fusetune.ops.linear_cross_entropy, losses)
+        patch.setattr(fusetune.ops, "linear_cross_entropy", loss)
         part = {key: value.chunk(PROCESSES)[rank] for key, value in batch().items()}
         wrapped(**part).loss.backward()
-    return gradients(wrapped), len(calls)
+    return gradients(wrapped), len(calls), len(losses)
 
 
 def counting(function, calls):
@@ -133,8 +135,8 @@ def results(tmp_path_factory):
 def test_two_processes_equal_one(results, name):
     _, make, layers = CASES[name]
     _, _, expected = tiny_models.loss_and_grads(make(), batch())
-    got, fused_layers = results[name]
-    assert fused_layers == layers
+    got, fused_layers, losses = results[name]
+    assert (fused_layers, losses) == (layers, 1)
     assert got.keys() == expected.keys()
     for parameter, grad in got.items():
         torch.testing.assert_close(grad, expected[parameter], rtol=1e-4, atol=1e-6)

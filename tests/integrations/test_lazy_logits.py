@@ -265,9 +265,37 @@ def test_a_head_that_accelerate_wraps_later():
     expected = step(copy.deepcopy(model), inputs)
     fusetune.fuse(model, lazy_logits=True)
     add_hook_to_module(model.get_base_model().lm_head, ModelHook())
+    assert "forward of its own" in state(model)
     for _ in range(2):
         torch.testing.assert_close(step(model, inputs)[:2], expected[:2], **CLOSE)
         fusetune.unfuse(model)
+
+
+def test_a_weight_that_is_gone_after_the_call():
+    """As FSDP has it, by hooks: the logits are computed in the call."""
+    model, inputs = lora("llama")
+    head = model.get_base_model().lm_head
+    fusetune.fuse(model, lazy_logits=True)
+
+    def take(*_):
+        head.weight.data.zero_()
+
+    head.register_forward_hook(take)
+    got = step(model, inputs)
+    assert type(got[2].logits) is torch.Tensor
+    assert got[2].logits.any()
+    assert "hooks" in state(model)
+
+
+def test_a_weight_that_was_freed():
+    """As FSDP frees it after the call of the whole model: an error, not what lies there now."""
+    model, inputs = lora("llama")
+    fusetune.fuse(model, lazy_logits=True)
+    outputs = model(**inputs)
+    model.get_base_model().lm_head.weight.untyped_storage().resize_(0)
+    assert source_of(outputs.logits) is None
+    with pytest.raises(RuntimeError, match="fuse without lazy_logits"):
+        outputs.logits.sum()
 
 
 def test_taken_out_again():
