@@ -39,13 +39,12 @@ class LazyHead(FusedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., V], as `nn.Linear.forward`; a `LazyLogits` in training."""
-        if not (
-            self.training
-            and torch.is_grad_enabled()
-            and x.requires_grad
-            and self.fused_reason() is None
-            and call_reason(x) is None
-            and not torch.compiler.is_compiling()
+        if torch.compiler.is_compiling():
+            return nn.functional.linear(x, self.weight, self.bias)
+        if (
+            not (self.training and torch.is_grad_enabled() and x.requires_grad)
+            or self.fused_reason() is not None
+            or call_reason(x) is not None
         ):
             return super().forward(x)
         weight: torch.Tensor = self.weight

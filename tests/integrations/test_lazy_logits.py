@@ -200,6 +200,16 @@ def test_not_lazy_outside_training():
     assert state(model) is None
 
 
+def test_compiled_models_compute_them():
+    model, inputs = lora("llama")
+    expected = step(copy.deepcopy(model), inputs)
+    fusetune.fuse(model, lazy_logits=True)
+    got = step(torch.compile(model, fullgraph=True, backend="aot_eager"), inputs)
+    assert type(got[2].logits) is torch.Tensor
+    torch.testing.assert_close(got[0], expected[0], **CLOSE)
+    assert state(model) is None
+
+
 def test_under_autocast():
     model, inputs = lora("llama")
     expected = copy.deepcopy(model)
