@@ -50,7 +50,7 @@ def linear_cross_entropy(
 
     Raises TypeError or ValueError, naming the argument, for shapes, dtypes, devices or class
     indices that do not fit, and for a weight or bias that requires grad.
-    Source: Hsu et al. 2024, "Liger Kernel", section 3.2.
+    Source: Hsu et al. 2024, "Liger Kernel" (arXiv 2410.10989), FusedLinearCrossEntropy.
     """
     _check_arguments(x, weight, target, bias, reduction, label_smoothing)
     plain_arguments = (ignore_index, label_smoothing)
