@@ -132,6 +132,16 @@ def memory(found: dict[str, Any]) -> str:
     return _table(found, headers, rows)
 
 
+def loss_memory(found: dict[str, Any]) -> str:
+    """From what benchmarks.loss_memory writes; all in MiB."""
+    ways = tuple(found["rows"][0]["added"])
+    rows = [
+        (row["shape"], f"{row['logits']:.0f}", *(f"{row['added'][way]:.0f}" for way in ways))
+        for row in found["rows"]
+    ]
+    return _table(found, ("", "logits", *ways), rows)
+
+
 def _calls(calls: dict[str, Any] | None) -> tuple[str, ...]:
     if calls is None:
         return "", ""

@@ -100,6 +100,7 @@ def section(name: str) -> str:
         "adalora_allocator": (method_tables.adalora_allocator, RESULTS / "adalora-allocator.json"),
         "multi_adapter": (method_tables.multi_adapter, RESULTS / "multi-adapter.json"),
         "memory": (method_tables.memory, RESULTS / "memory.json"),
+        "loss_memory": (method_tables.loss_memory, RESULTS / "loss-memory.json"),
         "dora_over_lora": (method_tables.dora_over_lora, RESULTS / "dora-over-lora.json"),
     }
     if name not in tables:

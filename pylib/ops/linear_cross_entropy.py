@@ -119,6 +119,7 @@ def _cpu_blocks(
         loss[rows], dlogits = _block(logits, target[rows], ignore_index, label_smoothing, want_dx)
         if want_dx:
             dx[rows] = linear_dx(dlogits, weight)
+        del logits, dlogits  # before there are the next block's
     return loss, dx
 
 
@@ -138,6 +139,7 @@ def _gpu_blocks(
         loss[rows], dlogits = _block(logits, target[rows], ignore_index, label_smoothing, want_dx)
         if want_dx:
             torch.mm(dlogits, weight, out=dx[rows])
+        del logits, dlogits
     return loss, dx
 
 
