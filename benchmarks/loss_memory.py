@@ -11,38 +11,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 
 import torch
 
 from benchmarks import method_tables
+from benchmarks.memory import median_peak
 from benchmarks.own_process import in_own_process
 from fusetune.bench.loss_cases import linear_cross_entropy
-from fusetune.demo.memory import MIB, PeakMeter
+from fusetune.demo.memory import MIB
 from fusetune.env import cpu_label
 
 ROWS, FEATURES, CLASSES = (512, 2048, 8192), 576, 49152
 OURS = "ours, by blocks"
 WAYS = ("torch", "ours with logits", OURS)
-RUNS = 3
 
 
 def extra(rows: int, way: str) -> float | None:
     """MiB at the peak; None where the system does not tell."""
     torch.manual_seed(0)
     case = linear_cross_entropy(rows, FEATURES, CLASSES, torch.float32)
-    run = case.ours if way == OURS else case.peers[way]
-    run()
-    found = []
-    for _ in range(RUNS):
-        with PeakMeter(torch.device("cpu")) as meter:
-            run()
-        if meter.peak is None:
-            return None
-        found.append(meter.peak.extra)
-    return statistics.median(found)
+    return median_peak(case.ours if way == OURS else case.peers[way])
 
 
 def main() -> int:

@@ -83,7 +83,11 @@ def extra(case: Case) -> float | None:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 << 10)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    run = _bottleneck(case) if case.op == "bottleneck" else _fusion(case)
+    return median_peak(_bottleneck(case) if case.op == "bottleneck" else _fusion(case))
+
+
+def median_peak(run: Callable[[], Any]) -> float | None:
+    """MiB that `run` adds at its peak, the first time not counted; None as above."""
     run()
     found = []
     for _ in range(RUNS):

@@ -164,7 +164,8 @@ def op_tables(op: str) -> str:
 def demo_tables() -> str:
     """One for each machine."""
     reports = sorted(RESULTS.glob("demo-*.json"))
-    return "\n".join(demo_table(json.loads(path.read_text())) for path in reports)
+    tables = "\n".join(demo_table(json.loads(path.read_text())) for path in reports)
+    return tables or "Not measured yet.\n"
 
 
 def demo_table(report: dict[str, Any]) -> str:

@@ -90,12 +90,18 @@ def head_reason(head: nn.Module) -> str | None:
 
 
 def install(module: nn.Module) -> bool:
-    """Lets a model with our loss have lazy logits; False where it is no such model."""
-    if not loss.installed(module):
+    """Lets a language model have lazy logits; False where it is none.
+
+    With another loss than ours it has a row that says so, and nothing else.
+    """
+    if not isinstance(module, PreTrainedModel):
         return False
-    assert isinstance(module, PreTrainedModel)
-    module.__dict__[_MARK] = True
     head: Any = module.get_output_embeddings()
+    if head is None and not loss.installed(module):
+        return False
+    module.__dict__[_MARK] = True
+    if not loss.installed(module):
+        return True
     if type(head) in _CLASSES and _plain_reason(head) is None:
         set_class(head, LazyHead)
     if type(head) is LazyHead:
@@ -114,6 +120,8 @@ def installed(module: nn.Module) -> bool:
 
 def fused_carrier(module: Any) -> tuple[str, str | None]:
     """(backend, the reason why the logits are computed at once)."""
+    if not loss.installed(module):
+        return "-", "its loss is not one that is fused, and reads the logits"
     head = module.get_output_embeddings()
     if head is None:
         return "-", "the model has no last layer"

@@ -308,6 +308,16 @@ def test_a_weight_that_was_freed():
         outputs.logits.sum()
 
 
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_a_model_with_another_loss(kind):
+    model, inputs = getattr(tiny_models, kind)()
+    fusetune.fuse(model, lazy_logits=True)
+    assert "its loss is not one" in state(model)
+    assert type(model.train()(**inputs).logits) is torch.Tensor
+    fusetune.unfuse(model)
+    assert not [key for key in model.__dict__ if "fusetune" in key]
+
+
 def test_taken_out_again():
     model, inputs = lora("llama")
     head = model.get_base_model().lm_head
